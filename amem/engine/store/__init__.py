@@ -1,0 +1,1 @@
+"""The KV of chunks: keys, file format, tiers, residency, erasure."""
