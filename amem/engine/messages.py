@@ -10,7 +10,7 @@ import struct
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -209,17 +209,21 @@ class FrameReader:
 _INT_TUPLE = tuple[int, ...]
 
 
-@lru_cache(maxsize=None)
-def _hints(kind: type) -> dict[str, Any]:
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def _fields(value: Any) -> list[Any]:
-    hints = _hints(type(value))
+    kind: type = type(value)
+    hints = _hints(kind)
     return [_pack(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)]
 
 
 def _pack(value: Any, hint: Any) -> Any:
+    hint = _strip_none(hint)
+    if value is None:
+        return None
     if hint == _INT_TUPLE:
         return array("i", value).tobytes()
     if isinstance(value, Enum):
@@ -227,10 +231,13 @@ def _pack(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _fields(value)
     if isinstance(value, tuple):
-        inner = get_args(hint)
-        kinds = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner) or [Any] * len(value)
-        return [_pack(item, _strip_none(kind)) for item, kind in zip(value, kinds, strict=False)]
+        return [_pack(item, kind) for item, kind in zip(value, _item_hints(hint, len(value)), strict=True)]
     return value
+
+
+def _item_hints(hint: Any, length: int) -> list[Any]:
+    inner = get_args(hint)
+    return [inner[0]] * length if len(inner) == 2 and inner[1] is ... else list(inner)
 
 
 def _strip_none(hint: Any) -> Any:
@@ -258,7 +265,6 @@ def _unpack(value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint(value)
     if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        kinds = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner)
+        kinds = _item_hints(hint, len(value))
         return tuple(_unpack(item, kind) for item, kind in zip(value, kinds, strict=True))
     return value
