@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +16,20 @@ from amem.memory.plan import PlacedBatch, PlacedMemory, PlanConfig, Planner
 from amem.text import PREAMBLE, ChatFormat, Message, Slot, StopStrings, TextError
 
 SPECIALS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-TURNS = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content | trim + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-DATED = "{{ bos_token }}<|system|>{{ 'Today is ' + strftime_now('%d %b %Y') + '.\\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|end|>{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}<|assistant|>"
-NO_SYSTEM = "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system text') }}{% endif %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}<|assistant|>"
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+EACH = "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}<|assistant|>"
+DATED = (
+    "{{ bos_token }}<|system|>{{ 'Today is ' + strftime_now('%d %b %Y') + '.\\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}"
+    "<|end|>{% for m in messages %}" + EACH
+)
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system text') }}{% endif %}" + EACH
+)
 CORPUS = ["Where does Alice live? Alice lives in Seattle and works at Boeing. ☃ naïve 你好 🙂"] * 4
 
 
