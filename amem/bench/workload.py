@@ -113,5 +113,5 @@ class _Source:
 
 
 _COMMON = frozenset(
-    "Notes From Today Correction Change Everyone The His Her She Monday Friday Lunch Dinner Remember".split()
+    ("Notes", "From", "Today", "Correction", "Change", "Everyone", "The", "His", "Her", "She", "Monday", "Friday")
 )
