@@ -75,23 +75,28 @@ def models() -> Call[list[Json]]:
 
 def remember(
     user: str,
-    texts: Texts,
+    texts: Texts | None = None,
     *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
     keys: Sequence[str | None] | None = None,
     conversation: str | None = None,
     idempotency_key: str | None = None,
 ) -> Call[list[Json]]:
-    """Store one text or several, durably when this returns. One {"id", "outcome"} per text, in order.
+    """Store texts, or the messages of a dialogue, durably when this returns. One {"id", "outcome"} each, in order.
 
-    A text may be {"text", "key", "metadata"}. The same `key` again supersedes the older memory. `conversation`
-    names the dialogue that the texts belong to, in order. An exact repeat is counted, not stored twice.
+    A text may be {"text", "key", "metadata"}. The same `key` again supersedes the older memory; an exact repeat is
+    counted, not stored twice. `conversation` names the dialogue that texts belong to, so that each is read in the
+    light of those before it. The same `idempotency_key` again changes nothing and gets the first answer.
     """
-    body: Json = {"user": user, "texts": [texts] if isinstance(texts, str | Mapping) else list(texts)}
-    if keys is not None:
-        body["keys"] = list(keys)
-    if conversation is not None:
-        body["conversation"] = conversation
-    return _write("POST", "/v1/memories", _items("memories"), body=body, key=idempotency_key)
+    one = isinstance(texts, str | Mapping)
+    body: Json = {
+        "user": user,
+        "texts": [texts] if one else None if texts is None else list(texts),
+        "messages": None if messages is None else [dict(message) for message in messages],
+        "keys": None if keys is None else list(keys),
+        "conversation": conversation,
+    }
+    return _write("POST", "/v1/memories", _items("memories"), body=_given(body), key=idempotency_key)
 
 
 def list_memories(user: str, *, limit: int = 100, after: str | None = None) -> Call[list[Json]]:
@@ -109,7 +114,7 @@ def get(user: str, memory_id: str) -> Call[Json]:
 
 def update(user: str, memory_id: str, text: str | None = None, *, metadata: Json | None = None) -> Call[Json]:
     """Change a memory's text or metadata; KV computed from the old text is gone when this returns."""
-    body = {name: value for name, value in (("text", text), ("metadata", metadata)) if value is not None}
+    body = _given({"text": text, "metadata": metadata})
     return _write("PATCH", "/v1/memories", as_object, (("user", user), ("id", memory_id)), body)
 
 
@@ -123,23 +128,17 @@ def forget_all(user: str) -> Call[Json]:
     return _write("DELETE", "/v1/memories", as_object, (("user", user),))
 
 
-def recall(user: str, query: str, *, k: int | None = None, explain: bool = False) -> Call[list[Json]]:
+def recall(
+    user: str, query: str, *, k: int | None = None, budget_tokens: int | None = None, explain: bool = False
+) -> Call[list[Json]]:
     """The memories that a question would get, best first, with their scores; nothing is generated."""
-    body: Json = {"user": user, "query": query}
-    if k is not None:
-        body["k"] = k
-    if explain:
-        body["explain"] = True
-    return Call("POST", "/v1/recall", _items("memories"), body=body)
+    body = {"user": user, "query": query, "k": k, "budget_tokens": budget_tokens, "explain": explain or None}
+    return Call("POST", "/v1/recall", _items("memories"), body=_given(body))
 
 
 def start_session(user: str, *, budget_tokens: int | None = None, session: str | None = None) -> Call[str]:
-    """Open a session, the working set that one conversation keeps in KV. Returns its id."""
-    body: Json = {"user": user}
-    if budget_tokens is not None:
-        body["budget_tokens"] = budget_tokens
-    if session is not None:
-        body["session"] = session
+    """Open a session, the working set that one conversation keeps in KV. Returns its id, `session` if given."""
+    body = _given({"user": user, "budget_tokens": budget_tokens, "session": session})
     return _write("POST", "/v1/sessions", lambda answer: str(as_object(answer)["id"]), body=body)
 
 
@@ -176,11 +175,9 @@ def ask_full(
     turns = [dict(message) for message in messages or ()]
     if question is not None:
         turns.append({"role": "user", "content": question})
-    amem = {"fidelity": fidelity, "recompute_ratio": recompute_ratio, "remember": remember or None}
-    body: Json = {"model": model, "messages": turns, "user": user, "session": session, "max_tokens": max_tokens}
-    body = {name: value for name, value in body.items() if value is not None} | openai
-    if chosen := {name: value for name, value in amem.items() if value is not None}:
-        body["amem"] = chosen
+    body = _given({"model": model, "user": user, "session": session, "max_tokens": max_tokens})
+    chosen = _given({"fidelity": fidelity, "recompute_ratio": recompute_ratio, "remember": remember or None})
+    body |= {"messages": turns, **({"amem": chosen} if chosen else {}), **openai}
     key = secrets.token_hex(16) if remember else None
     return Call("POST", "/v1/chat/completions", whole_answer, body=body, idempotency_key=key, timeout=timeout)
 
@@ -220,6 +217,10 @@ def _write(
     key: str | None = None,
 ) -> Call[T]:
     return Call(method, path, parse, query, body, key or secrets.token_hex(16))
+
+
+def _given(fields: Json) -> Json:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _session_path(session_id: str) -> str:
