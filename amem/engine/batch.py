@@ -6,7 +6,7 @@ sequence and to nothing else. Decode, chunked prefill, prefix hits and blending 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -87,12 +87,17 @@ class StepOutput:
     """What one forward did.
 
     logits: [sequences with sample, vocab] float32, in the order of the batch.
-    row_layers: [sequences] layers run per row, summed: a full row counts `layers`, a check its share.
+    row_layers: [sequences] layers run per row, summed: a whole layer counts 1, its QKV projection alone (a check, and
+        a row in the last layer that no logits need) its share of the layer's linear work.
+    blend_row_layers: [sequences] the part of row_layers that candidate rows caused.
     kept: per sequence, the candidate positions that were recomputed to the last layer (empty without a blend).
     captured: per sequence, the unrotated KV asked for, or None.
+    finite: [sequences with sample] False where the logits hold a NaN or an infinity.
     """
 
     logits: torch.Tensor
     row_layers: Float32s
+    blend_row_layers: Float32s
     kept: tuple[Int64s, ...]
-    captured: tuple[ChunkKV | None, ...] = field(default=())
+    captured: tuple[ChunkKV | None, ...]
+    finite: Bools
