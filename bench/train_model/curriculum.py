@@ -1,0 +1,53 @@
+"""What to train on next: a ladder of difficulty per task, climbed on held-out first-asking accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from amem.bench.world import CROSS_CHUNK_TASKS, GATE, TASKS, Level
+
+LADDER = (
+    Level(1, (1, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.4, False, 0.0),
+    Level(2, (2, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.4, False, 0.0),
+    Level(2, (2, 5), (1, 4), 2, 0.3, (0, 1), 0, 7, 0.3, True, 0.05),
+    replace(GATE, turns=8, reverse=0.2),
+    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, reverse=0.1),
+)
+PASS = 0.9
+
+
+def needs(task: str) -> dict[str, int]:
+    """Levels of other tasks that must be reached before this one is trained."""
+    if task in ("fact", "cut", "speaker"):
+        return {}
+    if task == "unknown":
+        return {"fact": 3}
+    if task == "update":
+        return {"fact": 1, "cut": 1}
+    return {"fact": 1}
+
+
+@dataclass
+class Curriculum:
+    """Level and latest accuracy per task. Plain data: saved in checkpoints."""
+
+    levels: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
+    accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 0.0))
+
+    def active(self) -> list[str]:
+        return [t for t in TASKS if all(self.levels[o] >= n for o, n in needs(t).items())]
+
+    def weights(self) -> dict[str, float]:
+        """Share of each active task: more for those that do not pass, and for those that bind across chunks."""
+        out = {}
+        for task in self.active():
+            done = self.levels[task] == len(LADDER) - 1 and self.accuracy[task] > 0.95
+            out[task] = (0.5 if done else 1.0) * (1.5 if task in CROSS_CHUNK_TASKS else 1.0)
+        return out
+
+    def update(self, accuracy: dict[str, float]) -> None:
+        """Take new accuracies; a task that passes climbs one level."""
+        for task, value in accuracy.items():
+            self.accuracy[task] = value
+            if value >= PASS and self.levels[task] < len(LADDER) - 1:
+                self.levels[task] += 1
