@@ -1,0 +1,61 @@
+"""From the engine's tokens to the answer's text: detokenised, cut at stop strings, with log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from amem.engine.messages import Finished, Tokens
+from amem.engine.types import FinishReason, Report, TokenLogprob
+from amem.server.strict_json import Json
+from amem.text import ChatFormat, StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer; `logprobs` in OpenAI's shape, empty when not asked for."""
+
+    text: str
+    logprobs: tuple[Json, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last event. `reason` is OpenAI's finish_reason."""
+
+    reason: str
+    report: Report
+
+
+async def answer(
+    events: AsyncIterator[Tokens | Finished], chat: ChatFormat, stops: Sequence[str], ends: frozenset[int]
+) -> AsyncGenerator[Delta | End, None]:
+    """Deltas, then one End. `ends` are the ids that end a turn; they have no text and no log-probability."""
+    text, stop = chat.stream(), StopStrings(stops)
+    async for event in events:
+        if isinstance(event, Finished):
+            rest, hit = stop.push(text.finish())
+            tail = rest if hit else rest + stop.finish()
+            if tail:
+                yield Delta(tail)
+            yield End("length" if event.reason is FinishReason.LENGTH and not hit else "stop", event.report)
+            return
+        shown, hit = stop.push(text.push(event.token_ids))
+        logprobs = _logprobs(chat, event, ends)
+        if shown or logprobs:
+            yield Delta(shown, logprobs)
+
+
+def _logprobs(chat: ChatFormat, event: Tokens, ends: frozenset[int]) -> tuple[Json, ...]:
+    pairs = zip(event.token_ids, event.logprobs, strict=False)
+    return tuple(_logprob(chat, token, found) for token, found in pairs if token not in ends)
+
+
+def _logprob(chat: ChatFormat, token: int, found: TokenLogprob) -> Json:
+    top = [_token(chat, other, logprob) for other, logprob in found.top]
+    return _token(chat, token, found.logprob) | {"top_logprobs": top}
+
+
+def _token(chat: ChatFormat, token: int, logprob: float) -> Json:
+    text = chat.tokenizer.decode([token])
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -1,0 +1,179 @@
+"""One question's prompt: recall, the session's resident memories, and what fits into the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from amem.engine.types import Tenant
+from amem.memory.errors import NotFound
+from amem.memory.plan import PlacedBatch, PlacedMemory, Planner, PromptPlan
+from amem.memory.service import MemoryService
+from amem.memory.types import Batch, Memory, Recalled, RecallOptions, Session, State
+from amem.server.config import AnswerDefaults
+from amem.server.conversations import OPEN_SESSION, Openings, Thread, thread_of
+from amem.server.errors import ApiError, bad_request
+from amem.server.schema import ChatRequest
+from amem.text import TextError
+
+_ANSWER_ROOM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class UsedMemory:
+    """A memory in the prompt. `score` is None when it is resident and was not recalled for this question."""
+
+    id: str
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the engine is asked to run, and how it came about. `dropped`: memories that did not fit."""
+
+    plan: PromptPlan
+    tenant: Tenant | None = None
+    session: str | None = None
+    memories: tuple[UsedMemory, ...] = ()
+    dropped: int = 0
+
+
+class TurnPlanner:
+    """Blocking; called from worker threads, under the user's gate."""
+
+    def __init__(self, memory: MemoryService, planner: Planner, defaults: AnswerDefaults) -> None:
+        self._memory = memory
+        self._planner = planner
+        self._defaults = defaults
+        self._openings = Openings()
+
+    def plan(self, chat: ChatRequest, user: str | None, max_context: int) -> Turn:
+        """Raises ApiError 400 for a prompt that does not fit or that the template refuses, NotFound for a session."""
+        if user is None:
+            return self._without_memory(chat, max_context)
+        tenant = self._memory.tenant(user)
+        if tenant is None:
+            if chat.amem.session is not None:
+                raise NotFound(f"the user has no session {chat.amem.session!r}; start one first", "session")
+            return self._without_memory(chat, max_context)
+        thread = thread_of(tenant, chat.messages)
+        if thread is None:
+            return self._without_memory(chat, max_context)
+        session = self._session(chat, user, thread, max_context)
+        recalled = self._recall(chat, user, session)
+        session = self._admit(user, session, recalled, thread)
+        placed = self._placed(user, session, recalled, thread, implicit=chat.amem.session is None)
+        return self._fitted(chat, tenant, session, placed, recalled, max_context)
+
+    def _without_memory(self, chat: ChatRequest, max_context: int) -> Turn:
+        plan = self._prompt(chat, ())
+        if plan.tokens >= max_context:
+            raise _too_long(plan.tokens, max_context)
+        return Turn(plan)
+
+    def _session(self, chat: ChatRequest, user: str, thread: Thread, max_context: int) -> Session:
+        if chat.amem.session is not None:
+            return self._memory.session(user, chat.amem.session)
+        budget = int(max_context * self._defaults.memory_share)
+        try:
+            return self._memory.session(user, thread.session)
+        except NotFound:
+            session = self._memory.start_session(user, budget, thread.session)
+        for batch in self._opening(user, thread):
+            found = [Recalled(m, 0.0, tokens=self._planner.count(m.text)) for m in self._live(user, batch.memory_ids)]
+            session = self._memory.admit(user, session.id, found, None)
+        return session
+
+    def _opening(self, user: str, thread: Thread) -> tuple[Batch, ...]:
+        if thread.session == OPEN_SESSION:
+            return ()
+        kept = self._openings.of(user, thread.opening)
+        if kept is not None:
+            return kept
+        try:
+            return self._memory.session(user, OPEN_SESSION).batches
+        except NotFound:
+            return ()
+
+    def _recall(self, chat: ChatRequest, user: str, session: Session) -> list[Recalled]:
+        k = self._defaults.recall if chat.amem.recall is None else chat.amem.recall
+        if k == 0 or chat.question is None:
+            return []
+        return self._memory.recall(user, chat.question, RecallOptions(k=k, budget_tokens=session.budget_tokens))
+
+    def _admit(self, user: str, session: Session, recalled: Sequence[Recalled], thread: Thread) -> Session:
+        if recalled:
+            session = self._memory.admit(user, session.id, recalled, thread.anchor if session.batches else None)
+        if thread.session == OPEN_SESSION:
+            self._openings.keep(user, thread.opening, session.batches)
+        return session
+
+    def _placed(
+        self, user: str, session: Session, recalled: Sequence[Recalled], thread: Thread, implicit: bool
+    ) -> list[PlacedBatch]:
+        """Resident memories at their turns. In an implicit session, other branches of the conversation stay out."""
+        placed: list[PlacedBatch] = []
+        for batch in session.batches:
+            known = batch.anchor is None or batch.anchor in thread.anchors
+            if known or not implicit:
+                turn = None if batch.anchor is None else thread.anchors.get(batch.anchor)
+                placed.append(self._batch(user, batch.memory_ids, turn))
+        standing = {item.memory.id for batch in placed for item in batch.memories}
+        absent = sorted((r.memory for r in recalled if r.memory.id not in standing), key=lambda memory: memory.place)
+        if absent:
+            turn = None if thread.anchor is None else thread.question
+            placed.append(self._batch(user, [memory.id for memory in absent], turn))
+        return placed
+
+    def _batch(self, user: str, ids: Sequence[str], turn: int | None) -> PlacedBatch:
+        window = self._planner.config.window
+        memories = self._live(user, ids)
+        before = [self._memory.predecessors(user, memory.id, window) for memory in memories]
+        return PlacedBatch(tuple(PlacedMemory(m, b) for m, b in zip(memories, before, strict=True)), turn)
+
+    def _live(self, user: str, ids: Sequence[str]) -> list[Memory]:
+        """These memories in this order, without those that were forgotten since the session was read."""
+        found = self._memory.get_many(user, ids)
+        return [found[id] for id in ids if id in found and found[id].state is State.LIVE]
+
+    def _fitted(
+        self,
+        chat: ChatRequest,
+        tenant: Tenant,
+        session: Session,
+        placed: list[PlacedBatch],
+        recalled: Sequence[Recalled],
+        max_context: int,
+    ) -> Turn:
+        """The prompt with as many memories as leave room for an answer: all, or the best of those just recalled."""
+        room = max_context - min(chat.sampling.max_tokens or _ANSWER_ROOM, _ANSWER_ROOM)
+        standing = [item.memory.id for batch in placed for item in batch.memories]
+        best = [found.memory.id for found in recalled]
+        kept = set(standing)
+        plan = self._prompt(chat, placed)
+        while plan.tokens > room and kept:
+            kept = set(best if len(kept) > len(best) else best[: len(kept) // 2])
+            plan = self._prompt(chat, _only(placed, kept))
+        if plan.tokens >= max_context:
+            raise _too_long(plan.tokens, max_context)
+        scores = {found.memory.id: found.score for found in recalled}
+        used = tuple(UsedMemory(id, scores.get(id)) for id in standing if id in kept)
+        return Turn(plan, tenant, session.id, used, len(standing) - len(used))
+
+    def _prompt(self, chat: ChatRequest, placed: Sequence[PlacedBatch]) -> PromptPlan:
+        try:
+            return self._planner.prompt(chat.messages, placed)
+        except TextError as error:
+            raise bad_request(str(error), "messages") from error
+
+
+def _only(placed: Sequence[PlacedBatch], kept: set[str]) -> list[PlacedBatch]:
+    return [PlacedBatch(tuple(m for m in batch.memories if m.memory.id in kept), batch.turn) for batch in placed]
+
+
+def _too_long(tokens: int, max_context: int) -> ApiError:
+    message = (
+        f"The prompt has {tokens} tokens and the model's context is {max_context}, which has to hold the answer too. "
+        "Shorten the messages."
+    )
+    return bad_request(message, "messages", "context_length_exceeded")
