@@ -1,0 +1,81 @@
+"""From two rankings to the memories of an answer: rank fusion, budget, company, and where every score came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from amem.memory import rows
+from amem.memory.database import Transaction
+from amem.memory.types import Memory, Recalled, RecallOptions
+
+Ranking = Sequence[tuple[int, float]]
+
+_RRF_K = 60.0
+_COMPANY = 0.5  # share of a hit's score that its neighbour gets; squared for the one behind it
+MIN_DEPTH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    seq: int
+    score: float
+    parts: dict[str, float]
+
+
+def fuse(lexical: Ranking, vectors: Ranking) -> list[Hit]:
+    """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (60 + rank). Of equals, the newest is first."""
+    parts: dict[int, dict[str, float]] = {}
+    for name, measure, ranking in (("lexical", "bm25", lexical), ("vector", "cosine", vectors)):
+        for rank, (seq, value) in enumerate(ranking, 1):
+            gain = 1.0 / (_RRF_K + rank)
+            parts.setdefault(seq, {}).update(
+                {f"{name}_rank": float(rank), f"{name}_{measure}": value, f"{name}_rrf": gain}
+            )
+    hits = [Hit(seq, p.get("lexical_rrf", 0.0) + p.get("vector_rrf", 0.0), p) for seq, p in parts.items()]
+    return sorted(hits, key=lambda hit: (-hit.score, -hit.seq))
+
+
+def choose(
+    transaction: Transaction, hits: Sequence[Hit], options: RecallOptions, count: Callable[[str], int]
+) -> list[Recalled]:
+    """The best `k` that fit into the budget, then their neighbours where there is room. Best first."""
+    chosen: list[Recalled] = []
+    left = options.budget_tokens
+    live = rows.by_seq(transaction, (hit.seq for hit in hits))
+    texts: set[str] = set()
+    for hit in hits:
+        memory = live.get(hit.seq)
+        if memory is None or memory.text in texts or options.conversation not in (None, memory.conversation):
+            continue
+        if len(chosen) == options.k:
+            break
+        tokens = count(memory.text)
+        if left is not None:
+            if tokens > left:
+                continue
+            left -= tokens
+        texts.add(memory.text)
+        chosen.append(Recalled(memory, hit.score, hit.parts, tokens))
+    if left is not None and options.neighbours:
+        chosen += _company(transaction, chosen, options.neighbours, left, count)
+    return sorted(chosen, key=lambda recalled: -recalled.score)
+
+
+def _company(
+    transaction: Transaction, hits: Sequence[Recalled], reach: int, left: int, count: Callable[[str], int]
+) -> Iterable[Recalled]:
+    known = {hit.memory.id for hit in hits}
+    for rank, hit in enumerate(hits, 1):
+        for distance, memory in _neighbours(transaction, hit.memory, reach):
+            tokens = count(memory.text)
+            if memory.id not in known and tokens <= left:
+                known.add(memory.id)
+                left -= tokens
+                yield Recalled(memory, hit.score * _COMPANY**distance, {"neighbour_of_rank": float(rank)}, tokens)
+
+
+def _neighbours(transaction: Transaction, memory: Memory, reach: int) -> list[tuple[int, Memory]]:
+    earlier = enumerate(reversed(rows.before(transaction, memory, reach)), 1)
+    later = enumerate(rows.after(transaction, memory, reach), 1)
+    return sorted([*earlier, *later], key=lambda found: found[0])
