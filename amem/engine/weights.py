@@ -109,6 +109,8 @@ def load_weights(
         head = embedding if tied else source.take("lm_head.weight", (config.vocab_size, config.hidden_size))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"the weights in {directory} cannot be read: {error}") from error
+    if progress is not None:
+        progress(source.total, source.total)
     return Weights(embedding, layers, norm, head)
 
 
@@ -122,7 +124,7 @@ class _Checkpoint:
         self._where = {name: handle for handle in self._handles for name in sorted(handle.keys())}
         self._dtype, self._device = dtype, device
         self._progress = progress
-        self._done, self._total = 0, sum(path.stat().st_size for path in files)
+        self._done, self.total = 0, sum(path.stat().st_size for path in files)
 
     def compare(self, expected: set[str]) -> None:
         found = {name for name in self._where if not name.endswith("rotary_emb.inv_freq")}
@@ -140,7 +142,7 @@ class _Checkpoint:
             raise WeightsError(f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}")
         self._done += tensor.nbytes
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total)
+            self._progress(min(self._done, self.total), self.total)
         return tensor.to(device=self._device, dtype=self._dtype)
 
     def stack(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
