@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
+LOGIT_SCALE = 0.2
+
+
 @dataclass(frozen=True)
 class Shape:
     vocabulary: int = 1792
@@ -96,7 +99,35 @@ class Llama(nn.Module):
         return F.rms_norm(x, (self.shape.hidden,), self.norm, self.shape.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embed) * self.shape.hidden**-0.5
+        return F.linear(hidden, self.embed) * LOGIT_SCALE
+
+
+@torch.no_grad()
+def shape_for_recall(model: Llama, shifted_layers: int = 2) -> None:
+    """Start the heads near what recall needs (in the spirit of mimetic initialisation, Trockman & Kolter 2023).
+
+    Queries start equal to keys and outputs to transposed values, so a head looks up similar tokens and copies what
+    they hold. In the first layers the heads of the first key head look 1, 2 and 3 tokens back: a constant
+    coordinate of the embedding is rotated by RoPE, so their scores depend on distance alone.
+    """
+    s = model.shape
+    group, d = s.heads // s.kv_heads, s.head_dim
+    model.embed[:, 0] = 1.0
+    for i, block in enumerate(model.blocks):
+        for h in range(s.heads):
+            source = slice(h // group * d, (h // group + 1) * d)
+            own = slice(h * d, (h + 1) * d)
+            block.q[own] = 0.3 * block.q[own] + block.k[source]
+            block.o[:, own] = 0.3 * block.o[:, own] + 0.5 * block.v[source].T
+        if i < shifted_layers:
+            pairs = 6
+            block.k[:d] *= 0.1
+            block.k[:pairs, 0] = 2.0
+            angles = s.rope_theta ** (-torch.arange(pairs) / (d // 2))
+            for h in range(group):
+                block.q[h * d : (h + 1) * d] *= 0.1
+                block.q[h * d : h * d + pairs, 0] = 2.0 * torch.cos(angles * (h + 1))
+                block.q[h * d + d // 2 : h * d + d // 2 + pairs, 0] = -2.0 * torch.sin(angles * (h + 1))
 
 
 def export(model: Llama, directory: Path) -> None:
@@ -105,7 +136,7 @@ def export(model: Llama, directory: Path) -> None:
     The logit scale is folded into the final norm, since Llama has none.
     """
     s = model.shape
-    state = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm * s.hidden**-0.5}
+    state = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm * LOGIT_SCALE}
     attention = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     for i, block in enumerate(model.blocks):
         prefix = f"model.layers.{i}."

@@ -16,7 +16,7 @@ from amem.bench.world import examples
 from bench.train_model.curriculum import LADDER, Curriculum
 from bench.train_model.data import BUCKETS, Batch, Row, batches, collate
 from bench.train_model.make_tokenizer import DEMO
-from bench.train_model.model import Block, Llama, Shape, export
+from bench.train_model.model import Block, Llama, Shape, export, shape_for_recall
 from bench.train_model.muon import Muon
 from bench.train_model.prompts import Encoder
 
@@ -27,6 +27,8 @@ class Trainer:
         self.args = args
         self.encoder = Encoder(DEMO)
         self.model = Llama(Shape())
+        if args.init == "recall":
+            shape_for_recall(self.model)
         self.compiled = torch.compile(Block.forward, dynamic=False)
         matrices = [p for b in self.model.blocks for p in b.parameters() if p.ndim == 2]
         rest = [self.model.embed, *(p for p in self.model.parameters() if p.ndim == 1)]
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="checkpoint to start from")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--init", choices=("recall", "random"), default="recall")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
