@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
+_Features = tuple[NDArray[np.int64], NDArray[np.float64]]  # buckets, and what is added to each
 
 _WORD = re.compile(r"\w+")
 _FUNCTION_WORDS = frozenset(
@@ -85,27 +86,22 @@ class HashEmbedder:
                 out[row] = summed / (np.linalg.norm(summed) or 1.0)
         return out
 
-    def _word_features(self, word: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        buckets, signs = self._hash(f"w {stem(word)}", _SPREAD)
-        values = signs / np.sqrt(_SPREAD)
+    def _word_features(self, word: str) -> _Features:
         padded = f"<{word}>"
         pieces = sorted({padded[i : i + n] for n in (3, 4) for i in range(len(padded) - n + 1)})
-        if not pieces:
-            return buckets, values
-        hashed = [self._hash(f"p {piece}", 1) for piece in pieces]
-        scale = _PIECE_WEIGHT / np.sqrt(len(pieces))
-        return (
-            np.concatenate([buckets, *(b for b, _ in hashed)]),
-            np.concatenate([values, *(s * scale for _, s in hashed)]),
-        )
+        buckets, signs = self._hash([f"w {stem(word)} {i}" for i in range(_SPREAD)] + [f"p {p}" for p in pieces])
+        signs[:_SPREAD] /= np.sqrt(_SPREAD)
+        signs[_SPREAD:] *= _PIECE_WEIGHT / np.sqrt(max(1, len(pieces)))
+        return buckets, signs
 
-    def _pair_features(self, left: str, right: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        buckets, signs = self._hash(f"b {stem(left)} {stem(right)}", _SPREAD)
+    def _pair_features(self, left: str, right: str) -> _Features:
+        buckets, signs = self._hash([f"b {stem(left)} {stem(right)} {i}" for i in range(_SPREAD)])
         return buckets, signs * (_PAIR_WEIGHT / np.sqrt(_SPREAD))
 
-    def _hash(self, feature: str, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        digest = np.frombuffer(blake2b(feature.encode(), digest_size=4 * count).digest(), "<u4")
-        return (digest >> 1).astype(np.int64) % self.dim, np.where(digest & 1, 1.0, -1.0)
+    def _hash(self, features: Sequence[str]) -> _Features:
+        digests = b"".join([blake2b(feature.encode(), digest_size=4).digest() for feature in features])
+        hashed = np.frombuffer(digests, "<u4")
+        return (hashed >> 1).astype(np.int64) % self.dim, np.where(hashed & 1, 1.0, -1.0)
 
 
 def words(text: str) -> list[str]:

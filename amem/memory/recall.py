@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from amem.memory import rows
@@ -42,11 +42,9 @@ def choose(
     """The best `k` that fit into the budget, then their neighbours where there is room. Best first."""
     chosen: list[Recalled] = []
     left = options.budget_tokens
-    live = rows.by_seq(transaction, (hit.seq for hit in hits))
     texts: set[str] = set()
-    for hit in hits:
-        memory = live.get(hit.seq)
-        if memory is None or memory.text in texts or options.conversation not in (None, memory.conversation):
+    for hit, memory in _live(transaction, hits, 2 * options.k):
+        if memory.text in texts or options.conversation not in (None, memory.conversation):
             continue
         if len(chosen) == options.k:
             break
@@ -60,6 +58,14 @@ def choose(
     if left is not None and options.neighbours:
         chosen += _company(transaction, chosen, options.neighbours, left, count)
     return sorted(chosen, key=lambda recalled: -recalled.score)
+
+
+def _live(transaction: Transaction, hits: Sequence[Hit], step: int) -> Iterator[tuple[Hit, Memory]]:
+    """The hits with their memories, read a few at a time: most are never asked for."""
+    for start in range(0, len(hits), step):
+        part = hits[start : start + step]
+        found = rows.by_seq(transaction, [hit.seq for hit in part])
+        yield from ((hit, found[hit.seq]) for hit in part if hit.seq in found)
 
 
 def _company(
