@@ -6,9 +6,10 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from amem.client import AmemError
+if TYPE_CHECKING:
+    from amem.client import AmemError
 
 FAILED = 1
 MISUSED = 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from amem.cli.console import MISUSED, Failure, explain, print_json, print_line, print_table
-from amem.client import Amem, AmemError, Answer
+
+if TYPE_CHECKING:
+    from amem.client import Amem, Answer
 
 Url = Annotated[str, typer.Option("--url", envvar="AMEM_URL", help="Address of the server.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="AMEM_API_KEY", help="The server's key, if it has one.")]
@@ -30,6 +32,8 @@ def register(app: typer.Typer) -> None:
 @contextmanager
 def connected(url: str, api_key: str | None) -> Iterator[Amem]:
     """The SDK; its errors leave as failures that say what to do."""
+    from amem.client import Amem, AmemError
+
     try:
         with Amem(url, api_key) as client:
             yield client
@@ -39,7 +43,9 @@ def connected(url: str, api_key: str | None) -> Iterator[Amem]:
 
 def remember(
     user: User,
-    texts: Annotated[list[str] | None, typer.Argument(help="What to remember; lines of standard input if absent.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="What to remember; standard input's lines if absent.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="The same key again supersedes the older memory.")] = None,
     conversation: Annotated[str | None, typer.Option(help="The dialogue that the texts belong to, in order.")] = None,
     url: Url = DEFAULT_URL,

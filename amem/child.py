@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from amem.cli.console import Failure
+from amem.client import AmemError
 
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0
@@ -21,7 +21,7 @@ class ServerChild:
     """`amem kv-serve` on a free loopback port, with its data in `data_dir` and its log beside it."""
 
     def __init__(self, data_dir: Path, *options: str) -> None:
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self._log = data_dir.with_suffix(".log")
         self._options = options
         self._process: subprocess.Popen[str] | None = None
@@ -36,9 +36,9 @@ class ServerChild:
         return self._running().pid
 
     def start(self) -> None:
-        """Returns when the server answers. Raises Failure with the end of its log if it does not."""
+        """Returns when the server answers. Raises AmemError with the end of its log if it does not."""
         command = [sys.executable, "-m", "amem", "kv-serve", "--json", "--port", "0"]
-        command += ["--data-dir", str(self._data_dir), *self._options]
+        command += ["--data-dir", str(self.data_dir), *self._options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AMEM_")}
         with self._log.open("a") as log:
             process = subprocess.Popen(
@@ -54,7 +54,7 @@ class ServerChild:
         if not line:
             process.wait()
             self._process = None
-            raise Failure("the server did not start", self.log_tail(), "run `amem kv-serve` to see more")
+            raise AmemError(0, f"the server did not start: {self.log_tail()}", "not_started")
         self.ready = json.loads(line)
 
     def stop(self) -> None:
@@ -83,12 +83,16 @@ class ServerChild:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Like `stop`, and nothing if it is not running."""
         if self._process is not None:
             self.stop()
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            raise Failure("the server is not running")
+            raise AmemError(0, "the server is not running", "not_started")
         return self._process
 
     def _forget(self) -> None:
