@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from amem.engine.messages import Finished, Tokens
@@ -28,22 +28,32 @@ class End:
 
 
 async def answer(
-    events: AsyncIterator[Tokens | Finished], chat: ChatFormat, stops: Sequence[str], ends: frozenset[int]
+    events: AsyncIterator[Tokens | Finished],
+    chat: ChatFormat,
+    stops: Sequence[str],
+    ends: frozenset[int],
+    halt: Callable[[], None],
 ) -> AsyncGenerator[Delta | End, None]:
-    """Deltas, then one End. `ends` are the ids that end a turn; they have no text and no log-probability."""
-    text, stop = chat.stream(), StopStrings(stops)
+    """Deltas, then one End. `ends` are the ids that end a turn; they have no text and no log-probability.
+
+    `halt` is called at a stop string: the engine need not go on, what it still sends is left out.
+    """
+    text, stop, halted = chat.stream(), StopStrings(stops), False
     async for event in events:
         if isinstance(event, Finished):
-            rest, hit = stop.push(text.finish())
-            tail = rest if hit else rest + stop.finish()
-            if tail:
-                yield Delta(tail)
-            yield End("length" if event.reason is FinishReason.LENGTH and not hit else "stop", event.report)
-            return
-        shown, hit = stop.push(text.push(event.token_ids))
-        logprobs = _logprobs(chat, event, ends)
-        if shown or logprobs:
-            yield Delta(shown, logprobs)
+            if not halted:
+                rest, halted = stop.push(text.finish())
+                if tail := rest if halted else rest + stop.finish():
+                    yield Delta(tail)
+            long = event.reason is FinishReason.LENGTH and not halted
+            yield End("length" if long else "stop", event.report)
+        elif not halted:
+            shown, halted = stop.push(text.push(event.token_ids))
+            if halted:
+                halt()
+            logprobs = _logprobs(chat, event, ends)
+            if shown or logprobs:
+                yield Delta(shown, logprobs)
 
 
 def _logprobs(chat: ChatFormat, event: Tokens, ends: frozenset[int]) -> tuple[Json, ...]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import time
-from contextlib import suppress
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -16,8 +14,6 @@ from amem.server import chat, memory_api, sessions_api, status
 from amem.server.config import ConfigError, OnProgress, OnReady, ReadyInfo, ServerConfig
 from amem.server.failures import failures
 from amem.server.services import SERVICES, Services
-
-_log = logging.getLogger(__name__)
 
 
 def build(services: Services) -> web.Application:
@@ -43,6 +39,75 @@ async def _headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("Cache-Control", "no-store")
 
 
+class Server:
+    """One listening server. Memory routes work from `listen` on, questions are answered from `start_engine` on."""
+
+    def __init__(self, services: Services, runner: web.AppRunner, url: str) -> None:
+        self.services = services
+        self.url = url
+        self._runner = runner
+        self._began = time.monotonic()
+
+    @classmethod
+    async def listen(cls, config: ServerConfig) -> Server:
+        """Opens the data directory and the socket. Raises ConfigError, DataDirError or TextError."""
+        services = await asyncio.to_thread(Services.open, config)
+        runner = _runner(services)
+        try:
+            await runner.setup()
+            return cls(services, runner, await _bind(runner, config))
+        except BaseException:
+            await runner.cleanup()
+            await services.close()
+            raise
+
+    async def start_engine(self, on_progress: OnProgress | None = None) -> ReadyInfo:
+        """Returns when questions can be answered. Raises EngineError."""
+        model = await self.services.engine.start(on_progress)
+        self.services.kv.start()
+        return await self._ready_info(model)
+
+    async def close(self) -> None:
+        """Lets running requests end, for as long as the limits allow, then stops."""
+        self.services.draining = True
+        try:
+            await self._runner.cleanup()
+        finally:
+            await self.services.close()
+
+    def signalled(self) -> asyncio.Event:
+        """Set by the first SIGTERM or SIGINT; a second one ends the requests that still run."""
+        stop = asyncio.Event()
+
+        def received() -> None:
+            if stop.is_set():
+                for task in self.services.active:
+                    task.cancel()
+            self.services.draining = True
+            stop.set()
+
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, received)
+        return stop
+
+    async def _ready_info(self, model: ModelInfo) -> ReadyInfo:
+        tokens = model.pages * model.page_size
+        memory = await self.services.threads.run(self.services.memory.stats)
+        return ReadyInfo(
+            url=self.url,
+            model=model.name,
+            dtype=model.dtype,
+            device=model.device,
+            max_context=model.max_context,
+            kv_tokens=tokens,
+            kv_bytes=tokens * model.kv_bytes_per_token,
+            data_dir=self.services.config.data_dir,
+            users=memory["users"],
+            auth=self.services.config.api_key is not None,
+            seconds=time.monotonic() - self._began,
+        )
+
+
 def serve(config: ServerConfig, on_ready: OnReady | None = None, on_progress: OnProgress | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers end. A second signal ends them.
 
@@ -53,33 +118,26 @@ def serve(config: ServerConfig, on_ready: OnReady | None = None, on_progress: On
 
 
 async def run(config: ServerConfig, on_ready: OnReady | None = None, on_progress: OnProgress | None = None) -> None:
-    """`serve` as a coroutine."""
-    began = time.monotonic()
-    services = await asyncio.to_thread(Services.open, config)
-    runner = runner_of(services)
+    """`serve` as a coroutine of the main thread."""
+    server = await Server.listen(config)
+    starting: asyncio.Task[ReadyInfo] | None = None
     try:
-        await runner.setup()
-        url = await _listen(runner, config)
-        stop = _signals(services)
-        starting = asyncio.ensure_future(services.engine.start(on_progress))
-        stopping = asyncio.ensure_future(stop.wait())
+        stopping = asyncio.ensure_future(server.signalled().wait())
+        starting = asyncio.ensure_future(server.start_engine(on_progress))
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
+        if not stopping.done():
             info = starting.result()
-            services.kv.start()
             if on_ready is not None:
-                on_ready(await _ready_info(services, info, url, time.monotonic() - began))
+                on_ready(info)
             await stopping
-        else:
-            starting.cancel()
     finally:
-        services.draining = True
-        await runner.cleanup()
-        await services.close()
+        if starting is not None and not starting.done():
+            starting.cancel()
+        await server.close()
 
 
-def runner_of(services: Services) -> web.AppRunner:
-    """How the application is run: a client that leaves cancels its handler, a slow one is cut off."""
+def _runner(services: Services) -> web.AppRunner:
+    """A client that leaves cancels its handler; a body is never decompressed; idle connections end."""
     limits = services.config.limits
     return web.AppRunner(
         build(services),
@@ -91,7 +149,7 @@ def runner_of(services: Services) -> web.AppRunner:
     )
 
 
-async def _listen(runner: web.AppRunner, config: ServerConfig) -> str:
+async def _bind(runner: web.AppRunner, config: ServerConfig) -> str:
     site = web.TCPSite(runner, config.host, config.port)
     try:
         await site.start()
@@ -100,37 +158,3 @@ async def _listen(runner: web.AppRunner, config: ServerConfig) -> str:
         raise ConfigError(f"{reason}; choose another --port or stop what uses it") from error
     host, port = runner.addresses[0][:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _signals(services: Services) -> asyncio.Event:
-    stop = asyncio.Event()
-
-    def received() -> None:
-        if stop.is_set():
-            for task in services.active:
-                task.cancel()
-        services.draining = True
-        stop.set()
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        with suppress(NotImplementedError, ValueError, RuntimeError):  # Only a main thread gets signals.
-            asyncio.get_running_loop().add_signal_handler(signum, received)
-    return stop
-
-
-async def _ready_info(services: Services, model: ModelInfo, url: str, seconds: float) -> ReadyInfo:
-    tokens = model.pages * model.page_size
-    users = await services.threads.run(services.memory.users)
-    return ReadyInfo(
-        url=url,
-        model=model.name,
-        dtype=model.dtype,
-        device=model.device,
-        max_context=model.max_context,
-        kv_tokens=tokens,
-        kv_bytes=tokens * model.kv_bytes_per_token,
-        data_dir=services.config.data_dir,
-        users=len(users),
-        auth=services.config.api_key is not None,
-        seconds=seconds,
-    )

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
-from amem.engine.client import EngineClient
+from amem.engine.client import EngineClient, EngineState
 from amem.engine.types import ChunkSpec, EngineError, ForgetReceipt, Tenant
 from amem.memory.errors import MemoryFault
 from amem.memory.plan import Planner
@@ -21,22 +22,32 @@ T = TypeVar("T")
 
 _JOB_MEMORIES = 32
 _RETRY_S = 5.0
+_PASSING = frozenset({"unavailable", "engine_lost", "overloaded"})
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """The parts of the product that are kept in step."""
+
+    memory: MemoryService
+    engine: EngineClient
+    planner: Planner
+    threads: Threads
 
 
 class KvKeeper:
     """Background jobs on one event loop. `start` begins the work, `close` stops it; what is unwritten is computed
     by the first question instead."""
 
-    def __init__(
-        self, memory: MemoryService, engine: EngineClient, planner: Planner, threads: Threads, journal: ErasureJournal
-    ) -> None:
+    def __init__(self, rooms: Rooms, journal: ErasureJournal, forget_wait_s: float) -> None:
         self.gates = Gates()
-        self._memory = memory
-        self._engine = engine
-        self._planner = planner
-        self._threads = threads
+        self._memory = rooms.memory
+        self._engine = rooms.engine
+        self._planner = rooms.planner
+        self._threads = rooms.threads
         self._journal = journal
+        self._forget_wait_s = forget_wait_s
         self._queue: dict[str, dict[str, None]] = {}
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,9 +108,9 @@ class KvKeeper:
         return tuple(memory.id for memory in found if memory.id not in ids)
 
     async def _erase_now(self, tenant: Tenant, ids: tuple[str, ...] | None) -> ForgetReceipt | None:
-        if self._engine.state == "ready":
-            with suppress(EngineError):
-                return await self._engine.forget(tenant, ids)
+        if self._engine.state is EngineState.READY:
+            with suppress(EngineError, asyncio.TimeoutError):
+                return await asyncio.wait_for(self._engine.forget(tenant, ids), self._forget_wait_s)
         erasure = await self._threads.run(self._journal.add, tenant, ids)
         self._spawn(self._erase_later(erasure))
         return None
@@ -124,11 +135,14 @@ class KvKeeper:
             try:
                 await self._write(user, ids)
             except EngineError as error:
-                _log.info("KV of %d memories waits: the engine said %s", len(ids), error.code)
+                if error.code not in _PASSING:
+                    _log.warning("KV of %d memories is not computed ahead: %s", len(ids), error.code)
+                    continue
                 self.compute(user, ids)
                 await asyncio.sleep(_RETRY_S)
-            except MemoryFault as error:
-                _log.warning("KV of %d memories is not written ahead: %s", len(ids), error.code)
+            except Exception as error:
+                # A question computes what it needs itself, so one bad job must not end the others.
+                _log.error("KV of %d memories is not computed ahead: %s", len(ids), type(error).__name__)
 
     def _take(self) -> tuple[str, list[str]]:
         user, waiting = next(iter(self._queue.items()))

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
+from amem.engine.client import EngineClient
 from amem.engine.messages import Finished, Tokens
 from amem.engine.types import BlendOptions, GenerateRequest, ModelInfo, SamplingParams
 from amem.memory.types import NewMemory
@@ -23,8 +24,6 @@ from amem.server.services import Services, services_of, session_user, user_of
 from amem.server.stream import EventStream, with_pauses
 from amem.server.strict_json import Json, read_object
 from amem.server.turns import Turn
-
-Events = AsyncGenerator[Tokens | Finished, None]
 
 
 def routes() -> list[web.RouteDef]:
@@ -58,7 +57,10 @@ async def complete(request: web.Request) -> web.StreamResponse:
 class Generation:
     """A request that the engine has been sent. Closing it before its end aborts it."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, engine: EngineClient, request: GenerateRequest) -> None:
+        self.id = request.id
+        self._engine = engine
+        events = engine.generate(request)
         self._events = events
         self._first: asyncio.Future[Tokens | Finished] = asyncio.ensure_future(anext(events))
 
@@ -71,7 +73,12 @@ class Generation:
     async def close(self) -> None:
         self._first.cancel()
         await asyncio.gather(self._first, return_exceptions=True)
-        await self._events.aclose()
+        if isinstance(self._events, AsyncGenerator):
+            await self._events.aclose()
+
+    def stop(self) -> None:
+        """Ends the answer early; the report still comes."""
+        self._engine.abort(self.id)
 
 
 async def _begin(
@@ -117,7 +124,7 @@ def _generate(services: Services, chat: ChatRequest, turn: Turn, model: ModelInf
         chat.amem.fidelity or defaults.fidelity, chat.amem.recompute_ratio, chat.amem.policy or defaults.policy
     )
     request = GenerateRequest(f"gen-{secrets.token_hex(8)}", turn.tenant, turn.plan.segments, sampling, blend)
-    return Generation(services.engine.generate(request))
+    return Generation(services.engine, request)
 
 
 async def _whole(services: Services, completion: Completion, generation: Generation) -> web.Response:
@@ -163,4 +170,5 @@ async def _streamed(
 
 def _pieces(services: Services, completion: Completion, generation: Generation) -> AsyncGenerator[Delta | End, None]:
     ends = frozenset(completion.model.eos_token_ids)
-    return answer(generation.events(), services.planner.chat, completion.chat.sampling.stop, ends)
+    stops = completion.chat.sampling.stop
+    return answer(generation.events(), services.planner.chat, stops, ends, generation.stop)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amem.engine.client import EngineLaunch
+from amem.engine.launch import EngineLaunch
 from amem.engine.types import Fidelity
 from amem.memory.config import MemoryConfig
 from amem.memory.plan import PlanConfig

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from amem.engine.client import EngineClient
-from amem.engine.types import ModelInfo
+from amem.engine.client import EngineClient, EngineState
+from amem.engine.types import EngineError, ModelInfo
 from amem.memory.plan import Planner
 from amem.memory.service import MemoryService
 from amem.server.auth import Gate
-from amem.server.background import KvKeeper
+from amem.server.background import KvKeeper, Rooms
 from amem.server.config import MODEL_ALIAS, ConfigError, ServerConfig
 from amem.server.erasures import ErasureJournal
 from amem.server.errors import ApiError, bad_request, unavailable
@@ -59,13 +59,13 @@ class Services:
         memory = MemoryService(config.data_dir, memory_config)
         engine, threads = EngineClient(config.engine), Threads()
         journal = ErasureJournal(config.data_dir / "erasures")
-        kv = KvKeeper(memory, engine, planner, threads, journal)
+        kv = KvKeeper(Rooms(memory, engine, planner, threads), journal, config.limits.forget_wait_s)
         turns = TurnPlanner(memory, planner, config.answers)
         return cls(config, memory, engine, planner, turns, kv, threads, Gate.of(config), _max_context(config))
 
     def memory_tokens(self) -> int:
         """Most memory tokens that one prompt holds."""
-        context = self.engine.model.max_context if self.engine.model else self.max_context
+        context = self.known_model.max_context if self.known_model else self.max_context
         return int(context * self.config.answers.memory_share)
 
     async def close(self) -> None:
@@ -78,11 +78,18 @@ class Services:
         """The model, when it can answer now. Raises ApiError 503 with the reason otherwise."""
         if self.draining:
             raise unavailable("The server is shutting down.")
-        model = self.engine.model
-        if model is None or self.engine.state != "ready":
-            reason = self.engine.reason or self.engine.state
+        if self.engine.state is not EngineState.READY:
+            reason = self.engine.reason or self.engine.state.value
             raise unavailable(f"The engine is not ready: {reason}. Memories can be read and written meanwhile.")
-        return model
+        return self.engine.model
+
+    @property
+    def known_model(self) -> ModelInfo | None:
+        """The model, also while its engine is being restarted; None before it was ready for the first time."""
+        try:
+            return self.engine.model
+        except EngineError:
+            return None
 
     def check_model(self, name: str) -> ModelInfo:
         """Raises ApiError 404 for a name that is neither the alias nor the model's own, 503 before it is loaded."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import suppress
 
 from aiohttp import web
 
 from amem import __version__
+from amem.engine.client import EngineState
 from amem.engine.types import EngineError, ModelInfo
 from amem.server.config import MODEL_ALIAS
 from amem.server.errors import ApiError
@@ -29,13 +31,13 @@ def routes() -> list[web.RouteDef]:
 async def health(request: web.Request) -> web.Response:
     """200 while questions can be answered, 503 with the reason while not. Names no user and no path."""
     services = services_of(request)
-    info, ready = services.engine.model, services.engine.state == "ready"
+    info, ready = services.known_model, services.engine.state is EngineState.READY
     status = "draining" if services.draining else "ok" if ready else "loading" if info is None else "degraded"
     body: Json = {
         "status": status,
         "version": __version__,
         "model": None if info is None else info.name,
-        "engine": {"state": services.engine.state, "reason": services.engine.reason},
+        "engine": {"state": services.engine.state.value, "reason": services.engine.reason},
         "memory": {"state": "ready"},
     }
     return web.json_response(body, status=200 if status == "ok" else 503)
@@ -43,14 +45,14 @@ async def health(request: web.Request) -> web.Response:
 
 async def models(request: web.Request) -> web.Response:
     services = services_of(request)
-    info = services.engine.model
+    info = services.known_model
     names = [MODEL_ALIAS] if info is None or info.name == MODEL_ALIAS else [MODEL_ALIAS, info.name]
     return web.json_response({"object": "list", "data": [_model_json(services, name, info) for name in names]})
 
 
 async def model(request: web.Request) -> web.Response:
     services, name = services_of(request), request.match_info["model"]
-    info = services.engine.model
+    info = services.known_model
     if name != MODEL_ALIAS and (info is None or name != info.name):
         raise ApiError(404, "model_not_found", f"The model {name[:128]!r} does not exist here.", "model")
     return web.json_response(_model_json(services, name, info))
@@ -67,11 +69,8 @@ async def stats(request: web.Request) -> web.Response:
     """Counters of the server since it started, of the memories and of the engine (null while it is down)."""
     services = services_of(request)
     engine: Json | None = None
-    if services.engine.state == "ready":
-        try:
-            engine = dict(await services.engine.stats())
-        except EngineError:
-            engine = None
+    with suppress(EngineError):
+        engine = dict(await services.engine.stats())
     body: Json = {
         "server": services.counters
         | {
@@ -81,7 +80,7 @@ async def stats(request: web.Request) -> web.Response:
         },
         "memory": await services.threads.run(services.memory.stats),
         "engine": engine,
-        "model": None if services.engine.model is None else dataclasses.asdict(services.engine.model),
+        "model": None if services.known_model is None else dataclasses.asdict(services.known_model),
     }
     return web.json_response(body)
 
