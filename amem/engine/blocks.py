@@ -1,8 +1,8 @@
 """The page pool: which pages are free, shared or cached, under which hash, and whose memories they hold.
 
-A cached page is found by the hash of everything in front of it and its own ids. The root of each chain is keyed by the
-tenant's secret, so that no chain of one tenant is reachable from another's. KV that was blended carries a `Taint`: it
-is part of the hash, and only a request that would blend the same may use it.
+A cached page is found by the hash of everything in front of it and its own ids. The root of each chain is keyed by
+the tenant's secret, so that no chain of one tenant is reachable from another's. KV that was blended carries a
+`Taint`: it is part of the hash, and only a request that would blend the same may use it.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ class _Node:
     page: Page | None = None
     before: _Node | None = None
 
+    @property
+    def tainted(self) -> bool:
+        return self.page is not None and self.page.taint is not None
+
     def pages(self) -> tuple[Page, ...]:
         pages: list[Page] = []
         node: _Node | None = self
@@ -149,9 +153,7 @@ class BlockPool:
             frontier, at = longer, at + step
         rest = ids[at : min(at + step, limit * ID_BYTES)]
         tails = [(node, *self._tail(node.hash, rest, allowed)) for node in frontier]
-        node, tail, tokens = max(
-            tails, key=lambda found: (found[2], found[0].page is None or not found[0].page.taint)
-        )
+        node, tail, tokens = max(tails, key=lambda found: (found[2], not found[0].tainted))
         pages = node.pages()
         last = tail or (pages[-1] if pages else None)
         return Match(pages, tail, tokens, last.taint if last else None)

@@ -145,8 +145,8 @@ class Core:
 
     def step(self) -> list[Message]:
         """Run one forward and return what is to be told."""
-        spans = self.scheduler.plan()
         now = self._parts.clock()
+        spans = self.scheduler.plan()
         for span in spans:
             tally = span.sequence.tally
             tally.admitted = now if tally.admitted is None else tally.admitted

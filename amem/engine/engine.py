@@ -20,7 +20,8 @@ from amem.engine.runner import Runner
 from amem.engine.scheduler import SchedulerConfig
 from amem.engine.sensitivity import sampled_contexts
 from amem.engine.sequence import BlendMode
-from amem.engine.store import ChunkLayout, ChunkStore, StoreConfig
+from amem.engine.store.config import ChunkLayout, StoreConfig
+from amem.engine.store.store import ChunkStore
 from amem.engine.types import BlendOptions, ChunkSpec, EngineError, Fidelity, ModelInfo
 
 _SAMPLED_CONTEXTS = (32, 64)

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
+from amem.engine.config import EngineConfig
 from amem.engine.types import (
     ChunkSpec,
     FinishReason,
@@ -32,6 +33,13 @@ _LENGTH = struct.Struct("<I")
 
 
 # To the engine -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """The first message to a new engine process."""
+
+    config: EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`code` is one of: prompt_too_long, invalid_request, memory_forgotten, numeric, overloaded, internal."""
+    """`code` is one of: prompt_too_long, invalid_request, memory_forgotten, numeric, overloaded, internal.
+
+    `request_id` may be that of a job. An engine that cannot start sends an empty id and the code start_failed.
+    """
 
     request_id: str
     code: str
@@ -143,7 +154,8 @@ class Heartbeat:
 
 
 Message = (
-    Generate
+    Configure
+    | Generate
     | Abort
     | WriteChunks
     | ForgetMemories
