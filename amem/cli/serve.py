@@ -127,8 +127,8 @@ def default_data_dir() -> Path:
 def _config(
     model: Path, data_dir: Path, memory: _Memory, dtype: Dtype, device: str, level: Level, address: _Address
 ) -> ServerConfig:
-    from amem.engine.client import EngineLaunch
     from amem.engine.config import EngineConfig
+    from amem.engine.launch import EngineLaunch
     from amem.engine.types import Fidelity
     from amem.server.config import AnswerDefaults, ServerConfig
 
