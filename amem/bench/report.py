@@ -79,7 +79,7 @@ def show(result: Result, console: Console) -> None:
     """The table, and each target with what was measured."""
     table = Table(title=f"{result.name} (n = {result.n}, seed {result.seed})")
     for column in result.columns:
-        table.add_column(column, justify="left" if column == result.columns[0] else "right")
+        table.add_column(column, justify="left" if column in ("regime", "side", "memory", "policy") else "right")
     for row in result.rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
