@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 
@@ -12,8 +13,10 @@ from aiohttp.typedefs import Handler
 from amem.engine.types import ModelInfo
 from amem.server import chat, memory_api, sessions_api, status
 from amem.server.config import ConfigError, OnProgress, OnReady, ReadyInfo, ServerConfig
-from amem.server.failures import failures
+from amem.server.failures import REQUEST_ID, Discreet, failures
 from amem.server.services import SERVICES, Services
+
+_MAX_ADDRESS_BYTES = 32 << 10
 
 
 def build(services: Services) -> web.Application:
@@ -34,7 +37,7 @@ async def _allowed(request: web.Request, handler: Handler) -> web.StreamResponse
 
 async def _headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "amem"
-    response.headers["X-Request-Id"] = request.get("request_id", "")
+    response.headers["X-Request-Id"] = REQUEST_ID.get()
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
 
@@ -139,9 +142,13 @@ async def run(config: ServerConfig, on_ready: OnReady | None = None, on_progress
 def _runner(services: Services) -> web.AppRunner:
     """A client that leaves cancels its handler; a body is never decompressed; idle connections end."""
     limits = services.config.limits
+    log = logging.getLogger("amem.server.http")
+    log.addFilter(Discreet())
     return web.AppRunner(
         build(services),
         access_log=None,
+        logger=log,
+        max_line_size=_MAX_ADDRESS_BYTES,
         handler_cancellation=True,
         auto_decompress=False,
         keepalive_timeout=limits.idle_connection_s,

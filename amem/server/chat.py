@@ -164,7 +164,7 @@ async def _streamed(
     except Exception as error:
         if not stream.opened:
             raise
-        await stream.error(translated(error) or unforeseen(error, request["request_id"]))
+        await stream.error(translated(error) or unforeseen(error))
         return await stream.close()
 
 

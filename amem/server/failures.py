@@ -6,14 +6,17 @@ import asyncio
 import logging
 import secrets
 import traceback
+from contextvars import ContextVar
+from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from amem.engine.types import EngineError
 from amem.memory.errors import Conflict, Damaged, InvalidInput, MemoryFault, NotFound, Unavailable
-from amem.server.errors import ApiError, unavailable
+from amem.server.errors import ApiError, bad_request, unavailable
 
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 _log = logging.getLogger(__name__)
 
 _ENGINE_STATUS = {
@@ -64,8 +67,9 @@ def _engine(error: EngineError) -> ApiError:
     return ApiError(status, code, str(error), retry_after_s=2 if status == 429 else None)
 
 
-def unforeseen(error: Exception, request_id: str) -> ApiError:
+def unforeseen(error: Exception) -> ApiError:
     """Logs where it happened, never what was said: messages of exceptions may quote a client's text."""
+    request_id = REQUEST_ID.get()
     where = "".join(traceback.format_tb(error.__traceback__)[-6:])
     _log.error("request %s failed with %s\n%s", request_id, type(error).__name__, where)
     message = f"The server failed on this request. Its log has the place under {request_id}."
@@ -74,9 +78,9 @@ def unforeseen(error: Exception, request_id: str) -> ApiError:
 
 @web.middleware
 async def failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    request_id = f"req_{secrets.token_hex(8)}"
-    request["request_id"] = request_id
+    REQUEST_ID.set(f"req_{secrets.token_hex(8)}")
     try:
+        _check_target(request)
         return await handler(request)
     except (asyncio.CancelledError, ConnectionResetError):
         raise
@@ -85,7 +89,25 @@ async def failures(request: web.Request, handler: Handler) -> web.StreamResponse
             raise
         return response(_routing(request, error), error.headers.get("Allow"))
     except Exception as error:
-        return response(translated(error) or unforeseen(error, request_id))
+        return response(translated(error) or unforeseen(error))
+
+
+def _check_target(request: web.Request) -> None:
+    """Raises ApiError 400 for an address that is no text: decoding it anyway would make one user of many names."""
+    try:
+        unquote_to_bytes(request.rel_url.raw_path + "?" + request.rel_url.raw_query_string).decode()
+    except UnicodeError as error:
+        raise bad_request("The address is not UTF-8.", code="invalid_text") from error
+
+
+class Discreet(logging.Filter):
+    """What aiohttp logs about a broken connection, without the bytes that a client sent."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else "no exception"
+        record.msg, record.args = "a connection ended with %s", (kind,)
+        record.exc_info = record.exc_text = None
+        return True
 
 
 def response(error: ApiError, allow: str | None = None) -> web.Response:
