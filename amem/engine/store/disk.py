@@ -6,6 +6,7 @@ record in a file is wanted: what is erased is left out of a copy that replaces t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -119,7 +120,14 @@ class DiskTier:
         self.add(draft)
 
     def discard(self, draft: Segment) -> None:
-        files.unlink(draft.path)
+        """Drop a draft. One that cannot be removed now is removed by `clear_partial`, or by the next start."""
+        with contextlib.suppress(OSError):
+            files.unlink(draft.path)
+
+    def clear_partial(self) -> None:
+        """Remove what failed drafts left. Raises OSError. Only for a caller who keeps others from drafting."""
+        for path in list(self._partial.iterdir()):
+            files.unlink(path)
 
     def add(self, segment: Segment) -> None:
         self.segments[segment.name] = segment

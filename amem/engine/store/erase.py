@@ -59,6 +59,7 @@ def _erase_disk(shelf: Shelf, tenant: Tenant, memories: tuple[str, ...] | None, 
     if disk is None:
         return 0
     try:
+        disk.clear_partial()
         erased = sum(_leave_out(shelf, disk, *group) for group in _by_file(shelf, disk, victims))
         if shelf.foreign is not None:
             erased += shelf.foreign.forget(tenant.id, None if memories is None else frozenset(memories))

@@ -109,14 +109,16 @@ class ChunkStore:
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is held now; bytes and seconds."""
         shelf = self._shelf
+        writer = None if self._writer is None else self._writer.ident
         with shelf.changed:
+            holders = [holder for pinned in shelf.pins.values() for holder in pinned]
             values = dict.fromkeys(COUNTERS, 0.0) | {name: float(count) for name, count in shelf.counters.items()}
             values |= {
                 "chunks": float(len(shelf.index)),
                 "ram_chunks": float(shelf.ram_chunks),
                 "ram_bytes": float(shelf.ram_used),
                 "pending": float(len(shelf.pending)),
-                "leases": float(sum(len(holders) for holders in shelf.pins.values())),
+                "leases": float(sum(holder != writer for holder in holders)),
                 "scan_s": self._scan_s,
             }
             if shelf.disk is not None:
