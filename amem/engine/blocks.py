@@ -261,10 +261,8 @@ class BlockPool:
                 raise RuntimeError(f"page {page.number} counts {page.refs} holders, {held[page.number]} hold it")
             if (page.number in self._free) != (page.refs == 0):
                 raise RuntimeError(f"page {page.number} with {page.refs} holders is on the wrong list")
-            if (
-                page.hash is not None
-                and self._children[page.parent, page.ids[:ID_BYTES]].get(page.number) is not page
-            ):
+            siblings = self._children.get((page.parent, page.ids[:ID_BYTES]), {})
+            if page.hash is not None and siblings.get(page.number) is not page:
                 raise RuntimeError(f"page {page.number} is published but cannot be found")
         published = sum(page.hash is not None for page in self._all)
         if published != sum(map(len, self._children.values())) or not all(self._children.values()):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from amem.engine.config import EngineConfig
 from amem.engine.messages import Configure, FrameReader, Message, Shutdown, WireError, encode
 
 _RECEIVE_BYTES = 1 << 18
+_SLEEPING_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class EngineLaunch:
 
     hang_s: without a heartbeat, or busy without a finished step, for this long: killed and started again.
     backoff_s: the wait before a restart, doubled up to `backoff_max_s` while restarts keep failing.
-    environment: of the process, None for a copy of this one's.
+    environment: added to a copy of this process's. An OpenMP pool that spins while it waits takes the cores that the
+    HTTP process and its neighbours need, so by default it sleeps.
     """
 
     config: EngineConfig
@@ -31,7 +34,7 @@ class EngineLaunch:
     hang_s: float = 90.0
     backoff_s: float = 0.5
     backoff_max_s: float = 30.0
-    environment: Mapping[str, str] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class EngineProcess:
@@ -51,7 +54,10 @@ class EngineProcess:
         with theirs:
             command = (launch.python, "-m", "amem.engine", "--fd", str(theirs.fileno()))
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=launch.environment
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**_SLEEPING_THREADS, **os.environ, **launch.environment},
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         started = cls(process, reader, writer)

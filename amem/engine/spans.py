@@ -106,4 +106,5 @@ def _blend_rows(sequence: Sequence, rows: _Rows, positions: Int64s) -> BlendRows
     prior = None if sequence.prior is None else np.nan_to_num(sequence.prior[positions])
     has_prior = sequence.prior is not None and not np.isnan(sequence.prior[positions[chunk >= 0]]).any()
     policy = resolve_policy(mode.policy, has_prior)
+    sequence.tally.policy = policy
     return BlendRows(policy, mode.ratio, chunk >= 0, chunk, prior if has_prior else None, seed=sequence.seed)
