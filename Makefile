@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
-TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+pin = $(shell sed -n 's/^\($(1)==[^ ;]*\).*/\1/p' constraints.txt)
 
 .PHONY: serve test lint clean
 
@@ -24,7 +24,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 # Each stamp holds the place of one finished step, so that a second run does nothing.
-# torch comes first and alone: this way the pinned version decides, whatever build the configured index offers.
+# torch comes first and alone, so that its pin decides, whatever build the index offers. CUDA builds bring the triton
+# that they need; beside a CPU build the pinned one is installed, for the tests of the kernels.
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install Python 3.10 or later, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: amem needs Python 3.10 or later and $(PYTHON) is %d.%d; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" % sys.version_info[:2])'
@@ -33,7 +34,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.torch: constraints.txt | $(VENV)/.python
-	$(RUN) pip install $(TORCH)
+	$(RUN) pip install $(call pin,torch)
 	@touch $@
 
 $(VENV)/.selfhost: pyproject.toml $(VENV)/.torch
@@ -41,5 +42,6 @@ $(VENV)/.selfhost: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@[ "$$(uname)" != Linux ] || $(RUN) pip show -qq triton || $(RUN) pip install $(call pin,triton)
 	$(RUN) pip install -e '.[selfhost,bench,dev]'
 	@touch $@ $(VENV)/.selfhost

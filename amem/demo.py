@@ -111,10 +111,8 @@ class _Demo:
         found = samples.found_in(self._server.data_dir)
         if any(left) or found:
             raise Failure("something was left after forgetting", f"{left} memories, {found} blocks of KV")
-        kv = receipt["kv"]
-        detail = (
-            f"{len(FACTS)} memories, {kv['chunks']} chunks of KV; of {len(samples.blocks)} sampled blocks, 0 are left"
-        )
+        what = f"{len(FACTS)} memories and {receipt['kv']['chunks']} chunks of KV"
+        detail = f"{what}; of {len(samples.blocks)} sampled blocks none is left"
         self._done(Step("forget", seconds, detail))
 
     def _await_kv(self) -> None:

@@ -105,6 +105,8 @@ def script() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AMEM_URL", raising=False)
+    monkeypatch.delenv("AMEM_API_KEY", raising=False)
     monkeypatch.setattr(target, "LONGEST_PAUSE_SECONDS", 0.01)
 
 
@@ -276,7 +278,7 @@ def test_nobody_there(call: Caller) -> None:
     assert str(port) in caught.value.detail
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://h:port", "http://[::1"])
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://h:port", "http://[::1"])
 def test_a_bad_address_says_so(url: str) -> None:
     for kind in (Amem, AsyncAmem):
         with pytest.raises(AmemError) as caught:
@@ -289,6 +291,15 @@ def test_a_key_that_no_header_can_carry(key: str) -> None:
     for kind in (Amem, AsyncAmem):
         with pytest.raises(AmemError):
             kind("http://localhost", api_key=key)
+
+
+def test_address_and_key_from_the_environment(script: Script, call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.steps = [reply(200, {}), reply(200, {})]
+    monkeypatch.setenv("AMEM_URL", script.url)
+    monkeypatch.setenv("AMEM_API_KEY", "from outside")
+    call(None, "stats")
+    call(None, "stats", options={"api_key": "mine"})
+    assert [seen.headers["authorization"] for seen in script.seen] == ["Bearer from outside", "Bearer mine"]
 
 
 def test_key_and_prefix(script: Script, call: Caller) -> None:

@@ -87,7 +87,7 @@ def recall(
 def list_memories(
     user: User,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
-    after: Annotated[str | None, typer.Option(help="Go on behind this id.")] = None,
+    after: Annotated[str | None, typer.Option(help="Go on from the `next` of an earlier page.")] = None,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     as_json: AsJson = False,
@@ -95,7 +95,12 @@ def list_memories(
     """Show what is remembered, oldest first."""
     with connected(url, api_key) as client:
         found = client.list(user, limit=limit, after=after)
-    print_json(found) if as_json else print_table(found, ("id", "text", "key", "seen"))
+    if as_json:
+        print_json({"memories": found, "next": found.next})
+        return
+    print_table(found, ("id", "text", "key", "seen"))
+    if found.next:
+        print(f"there are more: --after {found.next}", file=sys.stderr)
 
 
 def forget(

@@ -10,8 +10,8 @@ Both have the same methods with the same arguments; `amem.client.calls` document
 
 from __future__ import annotations
 
-from amem.client.answers import AmemError, Answer
+from amem.client.answers import AmemError, Answer, Page
 from amem.client.asynchronous import AsyncAmem, AsyncAnswerStream
 from amem.client.blocking import Amem, AnswerStream
 
-__all__ = ["Amem", "AmemError", "Answer", "AnswerStream", "AsyncAmem", "AsyncAnswerStream"]
+__all__ = ["Amem", "AmemError", "Answer", "AnswerStream", "AsyncAmem", "AsyncAnswerStream", "Page"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,19 @@ class AmemError(Exception):
         self.detail = detail
         self.code = code
         self.retry_after = retry_after
+
+
+class Page(list[Json]):
+    """A part of a longer list. next: where the following part begins, None at the end."""
+
+    def __init__(self, items: Iterable[Json], next: str | None = None) -> None:
+        super().__init__(items)
+        self.next = next
+
+    @classmethod
+    def of(cls, answer: Any) -> Page:
+        """From the answer of a list route."""
+        return cls((as_object(item) for item in as_object(answer)["memories"]), answer.get("next"))
 
 
 @dataclass(frozen=True)

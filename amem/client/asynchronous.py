@@ -30,7 +30,7 @@ class AsyncAmem:
 
     def __init__(
         self,
-        base_url: str = "http://localhost:8000",
+        base_url: str | None = None,
         api_key: str | None = None,
         timeout: float = 120.0,
         retries: int = 2,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
-from amem.client.answers import AmemError, Answer, Json, as_object, error_from, whole_answer
+from amem.client.answers import AmemError, Answer, Json, Page, as_object, error_from, whole_answer
 
 T = TypeVar("T")
 Texts = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -99,12 +99,12 @@ def remember(
     return _write("POST", "/v1/memories", _items("memories"), body=_given(body), key=idempotency_key)
 
 
-def list_memories(user: str, *, limit: int = 100, after: str | None = None) -> Call[list[Json]]:
-    """Live memories of a user, oldest first; the last id of one page is `after` of the next."""
+def list_memories(user: str, *, limit: int = 100, after: str | None = None) -> Call[Page]:
+    """Live memories of a user, oldest first. The result is a list with `next`, which goes into `after`."""
     query = [("user", user), ("limit", str(limit))]
     if after is not None:
         query.append(("after", after))
-    return Call("GET", "/v1/memories", _items("memories"), tuple(query))
+    return Call("GET", "/v1/memories", Page.of, tuple(query))
 
 
 def get(user: str, memory_id: str) -> Call[Json]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from amem.client.answers import AmemError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+DEFAULT_URL = "http://localhost:8000"
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE_SECONDS = 10.0
 RETRIED_STATUS = frozenset({429, 502, 503, 504})
@@ -33,7 +35,10 @@ class Target:
     retries: int
 
     @classmethod
-    def parse(cls, base_url: str, api_key: str | None, timeout: float, retries: int) -> Target:
+    def parse(cls, base_url: str | None, api_key: str | None, timeout: float, retries: int) -> Target:
+        """Raises AmemError for an address or a key that cannot be used."""
+        base_url = base_url or os.environ.get("AMEM_URL") or DEFAULT_URL
+        api_key = api_key or os.environ.get("AMEM_API_KEY") or None
         try:
             url = urlsplit(base_url)
             port = url.port or (443 if url.scheme == "https" else 80)
