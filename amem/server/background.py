@@ -49,6 +49,7 @@ class KvKeeper:
         self._journal = journal
         self._forget_wait_s = forget_wait_s
         self._queue: dict[str, dict[str, None]] = {}
+        self._computing = 0
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -66,7 +67,7 @@ class KvKeeper:
     @property
     def waiting(self) -> int:
         """Memories whose KV is still to be computed."""
-        return sum(len(ids) for ids in self._queue.values())
+        return self._computing + sum(len(ids) for ids in self._queue.values())
 
     def compute(self, user: str, ids: Sequence[str]) -> None:
         """Computes and stores the KV of these memories when the engine has time."""
@@ -132,6 +133,7 @@ class KvKeeper:
                 self._wake.clear()
                 continue
             user, ids = self._take()
+            self._computing = len(ids)
             try:
                 await self._write(user, ids)
             except EngineError as error:
@@ -143,6 +145,8 @@ class KvKeeper:
             except Exception as error:
                 # A question computes what it needs itself, so one bad job must not end the others.
                 _log.error("KV of %d memories is not computed ahead: %s", len(ids), type(error).__name__)
+            finally:
+                self._computing = 0
 
     def _take(self) -> tuple[str, list[str]]:
         user, waiting = next(iter(self._queue.items()))

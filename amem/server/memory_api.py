@@ -35,7 +35,7 @@ def routes() -> list[web.RouteDef]:
         web.post("/v1/memories", remember),
         *(web.get(path, read, allow_head=False) for path in (*forms, one)),
         *(web.delete(path, forget) for path in (*forms, one)),
-        *(web.patch(path, update) for path in ("/v1/memories", one)),
+        *(web.patch(path, update) for path in (*forms, one)),
         web.post("/v1/recall", recall),
     ]
 
