@@ -88,8 +88,8 @@ class Database:
         self._max_group = max_group
         self._lock = threading.RLock()
         self._queue: deque[_Job[Any]] = deque()
-        if not create and not path.exists():
-            raise Damaged(f"the database {path} is missing; restore it from a backup")
+        if not create and not (path.is_file() and path.stat().st_size):
+            raise Damaged(f"the database {path} is missing or empty; restore it from a backup")
         with self._translated():
             self._connection = _connect(path, key, create)
 

@@ -62,7 +62,7 @@ class HashEmbedder:
             raise ValueError(f"dim must be at least 64, got {dim}: below that unrelated texts look alike")
         self.name = f"hash-1-{dim}"
         self.dim = dim
-        self.min_similarity = 0.1
+        self.min_similarity = 0.18
         self._word = lru_cache(maxsize=50_000)(self._word_features)
         self._pair = lru_cache(maxsize=50_000)(self._pair_features)
 

@@ -15,7 +15,7 @@ from amem.memory.embed import is_function_word
 
 _WORDS = ("unicode61", "remove_diacritics", "2")
 _STEMS = ("porter", *_WORDS)
-_RANK = "bm25(1.0, 0.4)"
+_RANK = "bm25(1.0, 0.65)"
 _MAX_TERMS = 16
 _COMMON_SHARE = 8  # a term in more than 1/8 of the rows says little and costs most of the time
 _COMMON_ROWS = 500

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from amem.memory import rows
@@ -14,6 +14,8 @@ Ranking = Sequence[tuple[int, float]]
 _RRF_K = 60.0
 _COMPANY = 0.5  # share of a hit's score that its neighbour gets; squared for the one behind it
 MIN_DEPTH = 50
+CONTEXT_WEIGHT = 0.75
+_CONTEXT_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,24 @@ def fuse(lexical: Ranking, vectors: Ranking) -> list[Hit]:
             )
     hits = [Hit(seq, p.get("lexical_rrf", 0.0) + p.get("vector_rrf", 0.0), p) for seq, p in parts.items()]
     return sorted(hits, key=lambda hit: (-hit.score, -hit.seq))
+
+
+def in_context(
+    transaction: Transaction, near: Ranking, cosines: Callable[[Sequence[int]], Mapping[int, float]]
+) -> list[tuple[int, float]]:
+    """A vector ranking in which a memory is read together with the one before it in its conversation.
+
+    The score is its own cosine plus a share of the cosine of the one before, which is what encoding both together
+    would give, without a vector that has to follow when the one before is forgotten.
+    """
+    heads = dict(near[:_CONTEXT_DEPTH])
+    behind = rows.followers(transaction, list(heads))
+    scores = dict(near)
+    scores.update(cosines([seq for seq in behind.values() if seq not in scores]))
+    for head, follower in behind.items():
+        if follower in scores:
+            scores[follower] += CONTEXT_WEIGHT * heads[head]
+    return sorted(scores.items(), key=lambda item: (-item[1], -item[0]))
 
 
 def choose(

@@ -60,6 +60,17 @@ def after(transaction: Transaction, memory: Memory, count: int) -> tuple[Memory,
     return tuple(_beside(transaction, memory, count, ">", "ASC"))
 
 
+def followers(transaction: Transaction, seqs: Sequence[int]) -> dict[int, int]:
+    """seq → seq of the live memory right behind it in its conversation, where there is one."""
+    found = transaction.execute(
+        "SELECT m.seq, (SELECT n.seq FROM memories n WHERE n.conversation = m.conversation AND n.ordinal > m.ordinal "
+        "AND n.superseded_by IS NULL AND n.conversation IS NOT NULL ORDER BY n.ordinal LIMIT 1) "
+        f"FROM memories m WHERE m.seq IN ({_marks(seqs)}) AND m.superseded_by IS NULL AND m.conversation IS NOT NULL",
+        seqs,
+    )
+    return {seq: follower for seq, follower in found if follower is not None}
+
+
 def versions_behind(transaction: Transaction, ids: Sequence[str]) -> list[Memory]:
     """`ids` and every earlier memory that they, or those, superseded. Raises NotFound for an unknown id."""
     found = {id: by_id(transaction, id) for id in ids}

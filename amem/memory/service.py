@@ -151,7 +151,7 @@ class MemoryService:
         validate.count(limit, "limit", 1, _MAX_PAGE)
         start = 0
         if after is not None:
-            if not (after.isascii() and after.isdigit() and len(after) < 19):
+            if not (isinstance(after, str) and after.isascii() and after.isdigit() and len(after) < 19):
                 raise InvalidInput("after must be the `next` of an earlier page", "after")
             start = int(after)
         if conversation is not None:

@@ -138,7 +138,8 @@ class TenantMemory:
 
         def operation(transaction: Transaction) -> list[Recalled]:
             matches = lexical.search(transaction, query, depth, options.conversation)
-            hits = recall.fuse(matches, near)
+            ranked = recall.in_context(transaction, near, lambda seqs: index.scores(vector, seqs))
+            hits = recall.fuse(matches, ranked)
             return recall.choose(transaction, hits, options, self._config.count_tokens)
 
         return self.database.read(operation)

@@ -95,6 +95,13 @@ class VectorIndex:
             best = best[np.lexsort((-self._seqs[best], -scores[best]))]
             return [(int(self._seqs[slot]), float(scores[slot])) for slot in best]
 
+    def scores(self, query: NDArray[np.float32], seqs: Sequence[int]) -> dict[int, float]:
+        """Cosines of these vectors, as far as they are here."""
+        with self._lock:
+            known = [seq for seq in seqs if seq in self._slots]
+            cosines = self._matrix[[self._slots[seq] for seq in known]] @ query
+        return {seq: float(cosine) for seq, cosine in zip(known, cosines, strict=True)}
+
     def close(self) -> None:
         with self._lock:
             builder, self._builder, self._graph_rows = self._builder, None, 1 << 62
