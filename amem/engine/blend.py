@@ -201,11 +201,11 @@ class Selection:
         k, v = qkv[:, -2 * kv_heads : -kv_heads], qkv[:, -kv_heads:]
         scores = kernels.deviation(k, v, rows.cos, rows.sin, rows.slots, pool.k[layer], pool.v[layer])
         segments = self._segments.to(qkv.device)
-        keep = kernels.topk_rows(scores, segments, torch.from_numpy(self._counts[layer]).to(qkv.device))
-        self._segments, self._origin = segments[keep], self._origin.to(qkv.device)[keep]
         chosen = self._counts[layer]
         live = [n + int(chosen[a:b].sum()) for n, (a, b) in zip(self.forced, self._bounds, strict=True)]
         self._cu = _bounds(live)
+        keep = kernels.topk_rows(scores, segments, torch.from_numpy(chosen).to(qkv.device), self._cu[-1])
+        self._segments, self._origin = segments[keep], self._origin.to(qkv.device)[keep]
         return Kept(keep, self._cu, self._write_all)
 
     def kept(self) -> tuple[Int64s, ...]:

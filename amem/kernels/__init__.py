@@ -1,19 +1,18 @@
 """Every op twice: `reference/<op>.py` in torch (the specification and the CPU product), `triton/<op>.py`.
 
-The one place that chooses between them, by where the tensors lie. Triton is imported only when CUDA asks for it.
+The one place that chooses between them, by where the tensors lie. Triton is imported only when a GPU asks for it.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from amem.kernels import reference
-from amem.kernels.reference.paged_attention import AttentionPlan
 
 __all__ = [
     "AttentionPlan",
@@ -33,14 +32,21 @@ class KernelError(RuntimeError):
     """No kernel of ours runs this op on this device."""
 
 
+class AttentionPlan(Protocol):
+    """What paged_attention has to know of a batch; made once, used by every layer with the same rows."""
+
+    @property
+    def page_size(self) -> int: ...
+
+
 def _op(name: str, tensor: Tensor) -> Callable[..., Any]:
-    if not tensor.is_cuda:
+    if tensor.device.type == "cpu":
         implementation: Callable[..., Any] = getattr(reference, name)
         return implementation
     room = importlib.import_module("amem.kernels.triton")
     kernel: Callable[..., Any] | None = getattr(room, name, None)
     if kernel is None:
-        raise KernelError(f"{name} has no CUDA kernel in this version; run with device='cpu'")
+        raise KernelError(f"{name} has no kernel for {tensor.device}; run with device='cpu'")
     return kernel
 
 
@@ -79,9 +85,9 @@ def deviation(
     return gaps
 
 
-def topk_rows(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+def topk_rows(scores: Tensor, segments: Tensor, counts: Tensor, total: int | None = None) -> Tensor:
     """See `reference.topk_rows`."""
-    rows: Tensor = _op("topk_rows", scores)(scores, segments, counts)
+    rows: Tensor = _op("topk_rows", scores)(scores, segments, counts, total)
     return rows
 
 
