@@ -94,11 +94,14 @@ class Pending:
                 self._fail(name, EngineError("unavailable", f"the engine died ({reason}): it is being restarted"))
 
     def resend(self, send: Callable[[Message], None]) -> None:
-        """Ask a new engine for everything again: erasures first, so that nothing forgotten is read."""
-        for job in sorted(self.jobs.values(), key=lambda job: not isinstance(job.order, ForgetMemories)):
-            send(job.order)
+        """Ask a new engine for everything again: erasures last, so that they catch what was asked before them.
+
+        What was asked after an erasure no longer has the forgotten text in it.
+        """
         for stream in self.streams.values():
             send(Generate(stream.request))
+        for job in sorted(self.jobs.values(), key=lambda job: isinstance(job.order, ForgetMemories)):
+            send(job.order)
 
     def end(self, code: str, reason: str) -> None:
         """Nothing will be answered any more."""
