@@ -208,6 +208,10 @@ class Core:
         sequence = span.sequence
         if kv is not None:
             sequence.captured.append(kv)
+            if not bool(kv.k.isfinite().all() & kv.v.isfinite().all()):
+                self.pool.retract(sequence.table)
+                self._end(sequence, "numeric", "the KV of a chunk is not finite")
+                return
         if sequence.computed == sequence.length:
             self._outbox += self.writer.finish(sequence)
             self.scheduler.finish(sequence, keep=True)

@@ -8,6 +8,7 @@ import msgpack
 import pytest
 
 from amem.engine import messages as m
+from amem.engine.config import BlendConfig, EngineConfig
 from amem.engine.types import (
     BlendOptions,
     ChunkSpec,
@@ -34,6 +35,8 @@ REQUEST = GenerateRequest(
 )
 REPORT = Report(PromptTokens(fresh=3, disk=2), 2, 3.5, 0.1, 0.2, "gradual", None, 0.0, 0.1, 0.2, 0.3)
 MESSAGES: list[m.Message] = [
+    m.Configure(EngineConfig("model", num_pages=7, kv_dir="kv", fsync=False, blend=BlendConfig(share="chunk"))),
+    m.Configure(EngineConfig("model", dtype="bfloat16", max_context=None)),
     m.Generate(REQUEST),
     m.Generate(GenerateRequest("no tenant", None, ())),
     m.Abort("r"),
