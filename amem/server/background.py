@@ -88,7 +88,11 @@ class KvKeeper:
                 return await change(), ForgetReceipt()
             behind = await self._behind(user, ids)
             receipt = await self._erase_now(tenant, ids)
-            result = await change()
+            try:
+                result = await change()
+            except MemoryFault:
+                self.compute(user, (*(ids or ()), *behind))
+                raise
         self.compute(user, behind)
         return result, receipt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -14,7 +15,7 @@ from amem.engine.types import BlendOptions, GenerateRequest, ModelInfo, Sampling
 from amem.memory.types import NewMemory
 from amem.server.answers import Delta, End, answer
 from amem.server.completions import Completion
-from amem.server.errors import ApiError, bad_request
+from amem.server.errors import ApiError, bad_request, unavailable
 from amem.server.failures import translated, unforeseen
 from amem.server.idempotency import idempotency_key
 from amem.server.memory_api import store
@@ -159,6 +160,11 @@ async def _streamed(
                 for chunk in completion.last_chunks(piece.reason, piece.report):
                     await stream.event(chunk)
         return await stream.end()
+    except asyncio.CancelledError:
+        if services.draining and stream.opened:
+            with suppress(ConnectionError):
+                await stream.error(unavailable("The server is shutting down."))
+        raise
     except ConnectionResetError:
         raise
     except Exception as error:

@@ -47,7 +47,7 @@ def translated(error: Exception) -> ApiError | None:
 
 def _memory(error: MemoryFault) -> ApiError:
     if isinstance(error, NotFound):
-        code = "session_not_found" if error.param == "session" else "memory_not_found"
+        code = {"session": "session_not_found", "user": "user_not_found"}.get(error.param or "", "memory_not_found")
         return ApiError(404, code, error.message, error.param)
     if isinstance(error, InvalidInput):
         return ApiError(400, "invalid_value", error.message, error.param)

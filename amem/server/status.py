@@ -13,6 +13,7 @@ from amem.engine.client import EngineState
 from amem.engine.types import EngineError, ModelInfo
 from amem.server.config import MODEL_ALIAS
 from amem.server.errors import ApiError
+from amem.server.memory_schema import MAX_PAGE, query_integer, query_only, query_text
 from amem.server.services import Services, services_of
 from amem.server.shapes import user_json
 from amem.server.strict_json import Json
@@ -86,6 +87,11 @@ async def stats(request: web.Request) -> web.Response:
 
 
 async def users(request: web.Request) -> web.Response:
+    """A page of users by name; the last name of one page is `after` of the next."""
     services = services_of(request)
-    found = await services.threads.run(services.memory.users)
-    return web.json_response({"users": [user_json(summary) for summary in found], "count": len(found)})
+    query_only(request, ("after", "limit"))
+    after, limit = query_text(request, "after") or "", query_integer(request, "limit", 1, MAX_PAGE, MAX_PAGE)
+    found = await services.threads.run(services.memory.users, after, limit)
+    count = (await services.threads.run(services.memory.stats))["users"]
+    following = found[-1].user if len(found) == limit else None
+    return web.json_response({"users": [user_json(one) for one in found], "count": count, "next": following})

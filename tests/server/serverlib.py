@@ -19,6 +19,7 @@ from amem.server.config import Limits, ServerConfig
 
 T = TypeVar("T")
 
+BUSY = ("requests_running", "requests_waiting", "writes_waiting", "store_pending")
 MODEL = Path(__file__).resolve().parents[2] / "amem" / "models" / "demo"
 JSON = {"Content-Type": "application/json"}
 
@@ -144,7 +145,7 @@ class ServerThread(Client):
         for _ in range(600):
             stats = self.get("/v1/stats").json()
             engine: dict[str, float] = stats["engine"]
-            busy = engine["requests_running"] + engine["requests_waiting"] + engine["writes_waiting"]
+            busy = sum(engine[kind] for kind in BUSY)
             if not busy and not stats["server"]["kv_jobs_waiting"] + stats["server"]["active_requests"]:
                 return engine
             threading.Event().wait(0.05)
