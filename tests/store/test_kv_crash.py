@@ -119,6 +119,12 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
         open_store(tmp_path / "file")
     with pytest.raises(StoreError, match="cannot be used"):
         open_store(tmp_path / "file" / "kv")
+    (tmp_path / "kv" / "READING").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="cannot be read"):
+            open_store(tmp_path / "kv")
+    (tmp_path / "kv" / "READING").rmdir()
+    open_store(tmp_path / "kv").close()
 
 
 @contextmanager

@@ -186,6 +186,15 @@ def test_a_file_of_another_tenant_is_never_served(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_file_moved_to_another_tenant_is_served_to_neither(tmp_path: Path) -> None:
+    alice, bob = two_files(tmp_path)
+    alice.rename(bob)
+    store = open_store(tmp_path)
+    assert [tier_of(store, tenant, spec(1)) for tenant in (ALICE, BOB)] == [None, None]
+    assert store.stats()["corrupt"] == 1
+    store.close()
+
+
 def test_files_swapped_under_a_running_store(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     for number in (1, 2):

@@ -32,7 +32,8 @@ class StoreConfig:
     path: the directory of the disk tier, or None for RAM alone.  disk_bytes: 0 switches the disk tier off too.
     fsync: data is synced before it is published; off, a power cut may lose chunks but never serves a wrong one.
     free_floor_bytes: never write when less than this would stay free on the file system.
-    segment_bytes: how much of one tenant is packed into one file at most (a larger chunk gets a file alone).
+    segment_bytes: how much of one tenant is packed into one file at most (a larger chunk gets a file alone). Erasing
+        a chunk rewrites the file that it is packed into.
     linger_s: how long the writer waits for company for a chunk before it writes a file.
     erase_timeout_s: how long `forget` waits for readers of what it erases.
     """
@@ -42,7 +43,7 @@ class StoreConfig:
     disk_bytes: int
     fsync: bool = True
     free_floor_bytes: int = 1 << 30
-    segment_bytes: int = 8 << 20
+    segment_bytes: int = 2 << 20
     linger_s: float = 0.2
     erase_timeout_s: float = 30.0
 

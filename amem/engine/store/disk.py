@@ -65,7 +65,7 @@ class DiskTier:
     """Files of one layout under one claimed directory. Not thread-safe, but for `read`."""
 
     def __init__(self, root: Path, layout: ChunkLayout, sync: bool) -> None:
-        """Raises StoreError when the directory cannot be had."""
+        """Raises StoreError when the directory cannot be had, OSError when it cannot be prepared."""
         self.root = root
         self.home = root / layout.fingerprint_digest.hex()[:16]
         self.layout = layout
@@ -77,10 +77,14 @@ class DiskTier:
         self._sync = sync
         self._lock_fd = files.claim(root)
         self._partial = root / "partial"
-        shutil.rmtree(self._partial, ignore_errors=True)
-        for directory in (self._partial, self.home):
-            directory.mkdir(mode=files.DIR_MODE, exist_ok=True)
-        self.journal = ReadingJournal(root / "READING")
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            for directory in (self._partial, self.home):
+                directory.mkdir(mode=files.DIR_MODE, exist_ok=True)
+            self.journal = ReadingJournal(root / "READING")
+        except OSError:
+            os.close(self._lock_fd)
+            raise
         _quiet_first_read_only_buffer()
 
     def item(self, head: Head, payload: memoryview) -> Item:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Index:
 
     def link(self, entry: Entry, memories: Iterable[str]) -> None:
         """Note more memories whose erasure takes the chunk along."""
-        fresh = tuple(memory for memory in dict.fromkeys(memories) if memory not in entry.memories)
+        fresh = tuple(sys.intern(memory) for memory in dict.fromkeys(memories) if memory not in entry.memories)
         if not fresh:
             return
         entry.memories += fresh

@@ -9,7 +9,7 @@ from amem.engine.store.shelf import Shelf
 def swap_files(shelf: Shelf, disk: DiskTier, group: list[Segment], without: frozenset[bytes]) -> None:
     """Put one file, lacking the chunks `without`, in the place of several. `shelf.io` is held.
 
-    Raises OSError when the new file cannot be written; the old ones are as before then.
+    Raises OSError when the new file cannot be written; the old ones are as before then. Names are not synced here.
     """
     items: list[Item] = []
     damaged = 0
@@ -40,8 +40,6 @@ def swap_files(shelf: Shelf, disk: DiskTier, group: list[Segment], without: froz
             for segment in group:
                 if segment.name not in disk.segments:
                     shelf.detach(segment)
-    for directory in {segment.path.parent for segment in group}:
-        disk.sync(directory)
 
 
 def _abandon(disk: DiskTier, draft: Segment | None) -> None:

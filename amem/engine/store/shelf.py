@@ -6,7 +6,7 @@ import math
 import threading
 from collections import Counter
 
-from amem.engine.store.config import ChunkLayout, StoreConfig
+from amem.engine.store.config import ChunkLayout, StoreConfig, StoreError
 from amem.engine.store.disk import DiskTier, RecordRef, Segment
 from amem.engine.store.format import Head
 from amem.engine.store.index import Entry, Index
@@ -65,7 +65,18 @@ class Shelf:
         """Claim the directory and index what it holds, oldest chunks lowest. Raises StoreError."""
         if self.config.path is None or not self.config.disk_bytes:
             return
-        disk = DiskTier(self.config.path, self.layout, self.config.fsync)
+        try:
+            disk = DiskTier(self.config.path, self.layout, self.config.fsync)
+            try:
+                self._fill(disk)
+            except OSError:
+                disk.close()
+                raise
+        except OSError as error:
+            raise StoreError(f"the KV directory {self.config.path} cannot be read: {error}") from error
+        self.disk = disk
+
+    def _fill(self, disk: DiskTier) -> None:
         self.foreign = ForeignFiles(disk.root, disk.home)
         found = scan(disk)
         self.counters["corrupt"] += found.deleted
@@ -75,7 +86,6 @@ class Shelf:
             disk.add(segment)
             self.place(segment)
         disk.next_seq = max(disk.next_seq, self.foreign.last_seq + 1)
-        self.disk = disk
 
     def live(self, key: bytes) -> Entry | None:
         entry = self.index.get(key)

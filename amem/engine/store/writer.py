@@ -229,6 +229,7 @@ class Writer(threading.Thread):
     def _join(self, group: list[Segment]) -> None:
         try:
             swap_files(self._shelf, self._disk, group, frozenset())
+            self._disk.sync(group[0].path.parent)
         except OSError as error:
             self._failed(error, 0)
 
