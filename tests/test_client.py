@@ -164,6 +164,12 @@ def test_any_user_name_arrives_as_it_is(script: Script, call: Caller, user: str)
     assert (script.seen[1].method, script.seen[1].query) == ("DELETE", {"user": [user], "id": ["m/1"]})
 
 
+def test_several_are_forgotten_at_once(script: Script, call: Caller) -> None:
+    script.steps = [reply(200, {})]
+    call(script.url, "forget", "u", ["m1", "m2"])
+    assert script.seen[0].query == {"user": ["u"], "id": ["m1", "m2"]}
+
+
 def test_what_each_method_sends(script: Script, call: Caller) -> None:
     expected = [
         (("remember", "u", "a text"), {"keys": ["k"]}, "POST", "/v1/memories", ADDED),
@@ -319,6 +325,12 @@ def test_key_and_prefix(script: Script, call: Caller) -> None:
         ("remember", ("u", {"text": "t", "metadata": {"x": {1, 2}}})),
         ("list", ("lone \ud800",)),
         ("session", ("u", "lone \ud800")),
+        ("forget", ("u", "")),
+        ("forget", ("u", [])),
+        ("forget", ("u", ["m1", ""])),
+        ("forget", ("u", None)),
+        ("get", ("u", "")),
+        ("update", ("u", "", "new")),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_sending(

@@ -121,12 +121,11 @@ def forget(
     if not yes:
         _confirm(f"Erase everything of {user}?" if everything else f"Erase {len(ids or [])} memories of {user}?")
     with connected(url, api_key) as client:
-        receipts = [client.forget_all(user)] if everything else [client.forget(user, item) for item in ids or []]
+        receipt = client.forget_all(user) if everything else client.forget(user, ids or [])
     if as_json:
-        print_json(receipts)
+        print_json(receipt)
         return
-    for receipt in receipts:
-        print_line("forgotten  " + "  ".join(f"{name} {value}" for name, value in _flat(receipt)))
+    print_line("forgotten  " + "  ".join(f"{name} {value}" for name, value in _flat(receipt)))
 
 
 def ask(

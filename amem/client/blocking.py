@@ -32,8 +32,9 @@ class Amem:
     """A blocking client. Threads may share it; connections are kept and reused.
 
     base_url: of the server, with or without /v1; None for AMEM_URL or http://localhost:8000. api_key: sent as a
-    bearer token; None for AMEM_API_KEY. timeout: seconds without a byte after which a call gives up. retries: further tries after a lost connection or a 429, 502, 503 or 504; writes
-    carry an idempotency key, so that a second try never stores a text twice.
+    bearer token; None for AMEM_API_KEY. timeout: seconds without a byte after which a call gives up. retries: further
+    tries after a lost connection or a 429, 502, 503 or 504; writes carry an idempotency key, so that a second try
+    never stores a text twice.
     """
 
     def __init__(

@@ -109,18 +109,23 @@ def list_memories(user: str, *, limit: int = 100, after: str | None = None) -> C
 
 def get(user: str, memory_id: str) -> Call[Json]:
     """One memory. Raises AmemError(404) when the user has none of that id."""
-    return Call("GET", "/v1/memories", as_object, (("user", user), ("id", memory_id)))
+    return Call("GET", "/v1/memories", as_object, _these(user, memory_id))
 
 
-def update(user: str, memory_id: str, text: str | None = None, *, metadata: Json | None = None) -> Call[Json]:
-    """Change a memory's text or metadata; KV computed from the old text is gone when this returns."""
-    body = _given({"text": text, "metadata": metadata})
-    return _write("PATCH", "/v1/memories", as_object, (("user", user), ("id", memory_id)), body)
+def update(
+    user: str, memory_id: str, text: str | None = None, *, metadata: Json | None = None, version: int | None = None
+) -> Call[Json]:
+    """Change a memory's text or metadata; KV computed from the old text is gone when this returns.
+
+    With `version`, only if nobody changed it since: AmemError(409) otherwise.
+    """
+    body = _given({"text": text, "metadata": metadata, "version": version})
+    return _write("PATCH", "/v1/memories", as_object, _these(user, memory_id), body)
 
 
-def forget(user: str, memory_id: str) -> Call[Json]:
-    """Erase one memory: text, index and every KV computed from it or behind it. Returns the receipt."""
-    return _write("DELETE", "/v1/memories", as_object, (("user", user), ("id", memory_id)))
+def forget(user: str, memory_id: str | Sequence[str]) -> Call[Json]:
+    """Erase a memory, or several, all or none: text, index, every KV computed from it or behind it. The receipt."""
+    return _write("DELETE", "/v1/memories", as_object, _these(user, memory_id))
 
 
 def forget_all(user: str) -> Call[Json]:
@@ -217,6 +222,14 @@ def _write(
     key: str | None = None,
 ) -> Call[T]:
     return Call(method, path, parse, query, body, key or secrets.token_hex(16))
+
+
+def _these(user: str, memory_id: str | Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The query that names these memories. Without one it would mean all of the user's, so that is refused here."""
+    ids = [memory_id] if isinstance(memory_id, str) else list(memory_id or ())
+    if not ids or not all(isinstance(item, str) and item for item in ids):
+        raise AmemError(400, f"not the id of a memory: {memory_id!r}", "invalid_id")
+    return (("user", user), *(("id", item) for item in ids))
 
 
 def _given(fields: Json) -> Json:
