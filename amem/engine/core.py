@@ -171,7 +171,8 @@ class Core:
         except Exception as error:
             _log.exception("a forward of %d sequences failed", len(spans))
             if len(spans) == 1:
-                self._end(spans[0].sequence, "internal", f"the model could not be run: {error}")
+                code = "overloaded" if isinstance(error, torch.OutOfMemoryError) else "internal"
+                self._end(spans[0].sequence, code, f"the model could not be run: {error}")
                 return
             for span in spans:
                 self._run([span])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amem.engine.batch import Batch, ChunkKV, Int64s, StepOutput
+from amem.engine.batch import Batch, ChunkKV, Int64s, SequenceRows, StepOutput
 from amem.engine.blend import FIDELITY, POLICIES, BlendError, resolve_policy
 from amem.engine.config import EngineConfig
 from amem.engine.core import Core, Parts
@@ -53,6 +53,15 @@ class Engine(Core):
             scheduler=SchedulerConfig(config.max_step_tokens, config.max_sequences),
         )
         super().__init__(parts)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """A prompt and a decode that leave nothing behind, so that the first question does not pay for set-up."""
+        size = self.runner.config.page_size
+        for positions in (np.arange(size), np.arange(size - 1, size)):
+            ids = np.zeros(len(positions), np.int64)
+            self.runner.forward(Batch((SequenceRows(ids, positions, np.zeros(1, np.int64)),)))
+        self.runner.zero_pages(np.zeros(1, np.int64))
 
     def close(self) -> None:
         """Writes what the store still holds in memory for disk, and lets go of its directory."""

@@ -114,14 +114,29 @@ class Scheduler:
 
     def _admit(self) -> None:
         self.waiting.sort(key=_order)
-        while self.waiting and len(self.running) < self.config.max_sequences:
-            sequence = self.waiting[0]
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.config.max_sequences:
+                return
+            if self._prefix_is_coming(sequence):
+                continue
             while not self._start(sequence):
                 if not self.writing:
                     return
                 self._preempt(self.writing[-1])
-            self.running.append(self.waiting.pop(0))
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
             self.running.sort(key=_order)
+
+    def _prefix_is_coming(self, sequence: Sequence) -> bool:
+        """Another request is about to compute pages that this one could share: waiting is cheaper than both."""
+        size = self.pool.page_size
+        return any(
+            other.root == sequence.root
+            and other.computed // size < sequence.shared_with(other) // size
+            and (not other.mode.enabled or other.mode.options() == sequence.mode.options())
+            for other in self.running
+            if other.computed < other.prompt
+        )
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence the cached pages of its prefix and free ones for the rest, if there are enough."""

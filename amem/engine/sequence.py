@@ -134,6 +134,12 @@ class Sequence:
     def id_bytes(self, start: int, stop: int) -> bytes:
         return self.ids[start:stop].tobytes()
 
+    def shared_with(self, other: Sequence) -> int:
+        """How many leading ids the two prompts share, short of the last one of each."""
+        length = min(self.prompt, other.prompt) - 1
+        differs = np.flatnonzero(self.ids[:length] != other.ids[:length])
+        return int(differs[0]) if len(differs) else length
+
     def append(self, token: int) -> None:
         self.ids[self.length] = token
         self.length += 1

@@ -338,6 +338,29 @@ def test_a_step_keeps_its_budget() -> None:
         assert bench.tokens[f"r{number}"] == answer(range(number, number + 20), 5)
 
 
+def test_one_prefix_asked_by_many_is_computed_once() -> None:
+    bench = Bench(pages=60, step_rows=8, max_sequences=8)
+    head = tuple(range(24))
+    for number in range(8):
+        bench.add(f"r{number}", Segment(head), Segment((number, number)))
+    bench.drain()
+    for number in range(8):
+        assert bench.tokens[f"r{number}"] == answer((*head, number, number), 5)
+    charged = sum(end.report.charged for end in bench.ends.values() if isinstance(end, Finished))
+    assert charged == len(head) + 8 * 2
+
+
+def test_waiting_for_a_prefix_ends_with_the_one_that_computes_it() -> None:
+    bench = Bench(pages=60, step_rows=4)
+    head = Segment(tuple(range(24)))
+    bench.add("first", head, QUESTION)
+    bench.add("second", head, Segment((5, 5)))
+    bench.step()
+    bench.core.abort("first")
+    bench.drain()
+    assert bench.tokens["second"] == answer((*head.token_ids, 5, 5), 5)
+
+
 def test_an_exact_request_never_reads_blended_pages() -> None:
     bench = Bench()
     one, two = memory(1), memory(2)
