@@ -55,6 +55,8 @@ class Runner:
         KV of the rows that run is written to their slots; a dropped row's slots stay as they were loaded.
         Raises RunnerError on rows outside the model or the pool, BlendError on a blend that cannot run.
         """
+        if not batch.sequences:
+            raise RunnerError("a batch needs at least one sequence")
         for sequence in batch.sequences:
             self._check(sequence)
         layers = self.model.config.layers
@@ -132,10 +134,12 @@ class Runner:
         """How much each token of a chunk depends on what stands before it.
 
         Layer 1's K and V of the chunk behind contexts[0], its own, are compared with those behind each other context;
-        the mean squared distance is the prior. Context rows run only layer 0's QKV. Needs two contexts, two layers.
+        the mean squared distance is the prior. Context rows run only layer 0's QKV. Contexts equal to the first are
+        left out; raises RunnerError where nothing is left to compare with, or the model has one layer.
         """
+        contexts = [*contexts[:1], *(other for other in contexts[1:] if not np.array_equal(other, contexts[0]))]
         if len(contexts) < 2 or self.model.config.layers < 2:
-            raise RunnerError("sensitivity compares at least two contexts in a model of at least two layers")
+            raise RunnerError("sensitivity compares two different contexts in a model of at least two layers")
         sequences = scratch_sequences(token_ids, contexts, self.config.page_size)
         pages = sum(len(sequence.block_table) for sequence in sequences)
         for sequence in sequences:
@@ -169,15 +173,13 @@ class Runner:
     ) -> tuple[Float32s, Float32s]:
         """Row-layers per sequence, of all its rows and of its candidates. forced: rows that are no candidates."""
         share = self.model.config.qkv_share
-        total = np.zeros(len(forced))
-        mine = np.zeros(len(forced))
+        bounds = np.asarray(ran, dtype=np.float64).reshape(len(ran), 2, -1)
+        started, whole = np.diff(bounds, axis=2).transpose(1, 0, 2)
         fixed = np.asarray(forced)
-        for entered, finished in ran:
-            started, whole = np.diff(entered), np.diff(finished)
-            total += whole + (started - whole) * share
-            candidates, whole_candidates = started - fixed, np.maximum(whole - fixed, 0)
-            mine += whole_candidates + (candidates - whole_candidates) * share
-        return total.astype(np.float32), mine.astype(np.float32)
+        total = whole + (started - whole) * share
+        candidates, whole_candidates = started - fixed, np.maximum(whole - fixed, 0)
+        mine = whole_candidates + (candidates - whole_candidates) * share
+        return total.sum(0).astype(np.float32), mine.sum(0).astype(np.float32)
 
     def _check(self, sequence: SequenceRows) -> None:
         if len(sequence.token_ids) != len(sequence.positions) or not len(sequence.positions):

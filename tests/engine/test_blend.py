@@ -119,6 +119,35 @@ def test_ratio_0_is_reuse_with_rows_untouched(deep_runner: Runner, policy: str) 
     assert float((found.logits[0] - prompt.exact()).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("policy", ["gradual", "prior_gradual"])
+def test_half_precision_blends_within_their_noise(
+    deep: Path, deep_runner: Runner, make_runner: Make, policy: str, dtype: str
+) -> None:
+    """All rows chosen: as near to full prefill as that is to float32. A few rows: far nearer than none."""
+    runner = make_runner(deep, dtype=dtype)
+    prompt = Prompt(runner)
+    exact = prompt.exact()
+    noise = squared_error(exact, Prompt(deep_runner).exact())
+    reuse = squared_error(prompt.blend("reuse", 0.0).logits[0], exact)
+    assert squared_error(prompt.blend(policy, 1.0).logits[0], exact) <= noise < reuse / 10
+
+
+def test_stored_kv_that_turned_nan_is_recomputed_first(deep_runner: Runner) -> None:
+    prompt = Prompt(deep_runner)
+    exact = prompt.exact()
+    bad = [30, 77]
+    with torch.inference_mode():
+        for position in bad:
+            deep_runner.pool.data[:, :, int(prompt.pages[position // 16]), position % 16] = torch.nan
+    found = prompt.blend("oracle_layer1", 0.5)
+    assert set(bad) <= set(found.kept[0].tolist())
+    assert bool(found.finite[0])
+    assert squared_error(found.logits[0], exact) < squared_error(
+        Prompt(deep_runner).blend("reuse", 0).logits[0], exact
+    )
+
+
 def test_reuse_recomputes_nothing_whatever_the_ratio(deep_runner: Runner) -> None:
     assert Prompt(deep_runner).blend("reuse", 0.5).blend_row_layers.tolist() == [0]
 

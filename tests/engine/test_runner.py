@@ -229,6 +229,11 @@ def test_rows_that_break_the_contract_are_refused(runner: Runner, change: dict[s
     assert not bool(runner.pool.data.any())
 
 
+def test_a_batch_of_nothing_is_refused(runner: Runner) -> None:
+    with pytest.raises(RunnerError, match="at least one sequence"):
+        runner.forward(Batch(()))
+
+
 def test_a_chunk_of_another_shape_is_refused(runner: Runner) -> None:
     kv = ChunkKV(torch.zeros(4, 5, 2, 16), torch.zeros(4, 5, 2, 16))
     with pytest.raises(RunnerError, match="was expected"):
@@ -252,14 +257,18 @@ def test_sensitivity_is_the_change_of_layer_1(checkpoint: Path, runner: Runner) 
     assert torch.equal(runner.pool.data, before)
 
 
-def test_sensitivity_of_the_same_context_is_nothing(runner: Runner) -> None:
-    context = ids_of(9, 2)
-    assert float(runner.sensitivity(ids_of(12, 1), [context, context]).prior.max()) < 1e-9
+def test_sensitivity_neither_averages_nor_charges_its_own_context_again(runner: Runner) -> None:
+    own, other = ids_of(9, 2), ids_of(20, 3)
+    found, plain = (runner.sensitivity(ids_of(12, 1), contexts) for contexts in ([own, own, other], [own, other]))
+    torch.testing.assert_close(found.prior, plain.prior)
+    assert found.row_layers == plain.row_layers
+    with pytest.raises(RunnerError, match="two different contexts"):
+        runner.sensitivity(ids_of(12, 1), [own, own])
 
 
 def test_sensitivity_needs_something_to_compare(checkpoint: Path, make_runner: Make) -> None:
     runner = make_runner(checkpoint)
-    with pytest.raises(RunnerError, match="two contexts"):
+    with pytest.raises(RunnerError, match="two different contexts"):
         runner.sensitivity(ids_of(5), [ids_of(3)])
     with pytest.raises(RunnerError, match="beyond the context"):
         runner.sensitivity(ids_of(5), [ids_of(3), ids_of(510)])
