@@ -34,23 +34,24 @@ class Taint:
 
     options: bytes
     marks: frozenset[tuple[int, bytes]]
+    digest: bytes = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        state = hashlib.blake2b(self.options, digest_size=_HASH_BYTES)
+        for start, key in sorted(self.marks):
+            state.update(start.to_bytes(8, "little") + key)
+        object.__setattr__(self, "digest", state.digest())
 
     def within(self, allowed: Taint | None) -> bool:
         """Whether a request that would blend `allowed` gets nothing worse than it asked for."""
         return allowed is not None and self.options == allowed.options and self.marks <= allowed.marks
-
-    def digest(self) -> bytes:
-        state = hashlib.blake2b(self.options, digest_size=_HASH_BYTES)
-        for start, key in sorted(self.marks):
-            state.update(start.to_bytes(8, "little") + key)
-        return state.digest()
 
 
 def block_hash(parent: bytes, ids: bytes, taint: Taint | None) -> bytes:
     state = hashlib.blake2b(parent, digest_size=_HASH_BYTES)
     state.update(ids)
     if taint is not None:
-        state.update(taint.digest())
+        state.update(taint.digest)
     return state.digest()
 
 

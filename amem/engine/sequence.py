@@ -101,6 +101,7 @@ class Sequence:
     inherited: frozenset[str] = frozenset()
     captured: list[ChunkKV] = field(default_factory=list)
     _place_starts: tuple[int, ...] = field(init=False)
+    _taint: Taint | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._place_starts = tuple(place.start for place in self.places)
@@ -171,7 +172,11 @@ class Sequence:
 
     def taint_before(self, position: int) -> Taint | None:
         marks = frozenset(mark for mark in self.marks if mark[0] < position)
-        return Taint(self.mode.options(), marks) if marks else None
+        if not marks:
+            return None
+        if self._taint is None or self._taint.marks != marks:
+            self._taint = Taint(self.mode.options(), marks)
+        return self._taint
 
     def publish(self, pool: BlockPool) -> None:
         """Make every full computed page findable."""
