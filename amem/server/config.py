@@ -42,7 +42,8 @@ class Limits:
 class AnswerDefaults:
     """Defaults of a chat request that names none itself.
 
-    recall: memories looked up per question. memory_share: most of the context that memories may take.
+    recall: memories looked up per question. memory_share: most of the context that memories may take, and what a
+    session keeps resident. open_share: the same for single questions, which have less to do with each other.
     max_tokens: longest answer when the client sets no limit.
     """
 
@@ -50,6 +51,7 @@ class AnswerDefaults:
     policy: str | None = None
     recall: int = 8
     memory_share: float = 0.5
+    open_share: float = 0.125
     max_tokens: int = 1024
 
 

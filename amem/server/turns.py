@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from amem.engine.types import Tenant
@@ -60,7 +60,7 @@ class TurnPlanner:
         if thread is None:
             return self._without_memory(chat, max_context)
         session = self._session(chat, user, thread, max_context)
-        recalled = self._recall(chat, user, session)
+        recalled = self._recall(chat, user, max_context)
         session = self._admit(user, session, recalled, thread)
         placed = self._placed(user, session, recalled, thread, implicit=chat.amem.session is None)
         return self._fitted(chat, tenant, session, placed, recalled, max_context)
@@ -74,15 +74,20 @@ class TurnPlanner:
     def _session(self, chat: ChatRequest, user: str, thread: Thread, max_context: int) -> Session:
         if chat.amem.session is not None:
             return self._memory.session(user, chat.amem.session)
-        budget = int(max_context * self._defaults.memory_share)
+        is_open = thread.session == OPEN_SESSION
+        share = self._defaults.open_share if is_open else self._defaults.memory_share
+        budget = max(1, int(max_context * share))
         try:
             return self._memory.session(user, thread.session)
         except NotFound:
             session = self._memory.start_session(user, budget, thread.session)
         for batch in self._opening(user, thread):
-            found = [Recalled(m, 0.0, tokens=self._planner.count(m.text)) for m in self._live(user, batch.memory_ids)]
+            found = [Recalled(m, 0.0, tokens=self._planner.count(m.text)) for m in self._opened(user, batch)]
             session = self._memory.admit(user, session.id, found, None)
         return session
+
+    def _opened(self, user: str, batch: Batch) -> list[Memory]:
+        return _live(self._memory.get_many(user, batch.memory_ids), batch.memory_ids)
 
     def _opening(self, user: str, thread: Thread) -> tuple[Batch, ...]:
         if thread.session == OPEN_SESSION:
@@ -95,11 +100,12 @@ class TurnPlanner:
         except NotFound:
             return ()
 
-    def _recall(self, chat: ChatRequest, user: str, session: Session) -> list[Recalled]:
+    def _recall(self, chat: ChatRequest, user: str, max_context: int) -> list[Recalled]:
         k = self._defaults.recall if chat.amem.recall is None else chat.amem.recall
         if k == 0 or chat.question is None:
             return []
-        return self._memory.recall(user, chat.question, RecallOptions(k=k, budget_tokens=session.budget_tokens))
+        budget = int(max_context * self._defaults.memory_share)
+        return self._memory.recall(user, chat.question, RecallOptions(k=k, budget_tokens=budget))
 
     def _admit(self, user: str, session: Session, recalled: Sequence[Recalled], thread: Thread) -> Session:
         if recalled:
@@ -112,29 +118,22 @@ class TurnPlanner:
         self, user: str, session: Session, recalled: Sequence[Recalled], thread: Thread, implicit: bool
     ) -> list[PlacedBatch]:
         """Resident memories at their turns. In an implicit session, other branches of the conversation stay out."""
-        placed: list[PlacedBatch] = []
+        places: list[tuple[int | None, list[Memory]]] = []
+        live = self._memory.get_many(user, session.memory_ids)
         for batch in session.batches:
-            known = batch.anchor is None or batch.anchor in thread.anchors
-            if known or not implicit:
+            if batch.anchor is None or batch.anchor in thread.anchors or not implicit:
                 turn = None if batch.anchor is None else thread.anchors.get(batch.anchor)
-                placed.append(self._batch(user, batch.memory_ids, turn))
-        standing = {item.memory.id for batch in placed for item in batch.memories}
+                places.append((turn, _live(live, batch.memory_ids)))
+        standing = {memory.id for _, memories in places for memory in memories}
         absent = sorted((r.memory for r in recalled if r.memory.id not in standing), key=lambda memory: memory.place)
-        if absent:
-            turn = None if thread.anchor is None else thread.question
-            placed.append(self._batch(user, [memory.id for memory in absent], turn))
-        return placed
+        places.append((None if thread.anchor is None else thread.question, absent))
+        places.sort(key=lambda place: -1 if place[0] is None else place[0])
+        return [PlacedBatch(tuple(self._behind(user, m) for m in found), turn) for turn, found in places if found]
 
-    def _batch(self, user: str, ids: Sequence[str], turn: int | None) -> PlacedBatch:
-        window = self._planner.config.window
-        memories = self._live(user, ids)
-        before = [self._memory.predecessors(user, memory.id, window) for memory in memories]
-        return PlacedBatch(tuple(PlacedMemory(m, b) for m, b in zip(memories, before, strict=True)), turn)
-
-    def _live(self, user: str, ids: Sequence[str]) -> list[Memory]:
-        """These memories in this order, without those that were forgotten since the session was read."""
-        found = self._memory.get_many(user, ids)
-        return [found[id] for id in ids if id in found and found[id].state is State.LIVE]
+    def _behind(self, user: str, memory: Memory) -> PlacedMemory:
+        if memory.conversation is None:
+            return PlacedMemory(memory)
+        return PlacedMemory(memory, self._memory.predecessors(user, memory.id, self._planner.config.window))
 
     def _fitted(
         self,
@@ -165,6 +164,11 @@ class TurnPlanner:
             return self._planner.prompt(chat.messages, placed)
         except TextError as error:
             raise bad_request(str(error), "messages") from error
+
+
+def _live(found: Mapping[str, Memory], ids: Sequence[str]) -> list[Memory]:
+    """These memories in this order, without those that were forgotten since the session was read."""
+    return [found[id] for id in ids if id in found and found[id].state is State.LIVE]
 
 
 def _only(placed: Sequence[PlacedBatch], kept: set[str]) -> list[PlacedBatch]:
