@@ -65,6 +65,10 @@ def test_a_leased_chunk_is_not_evicted() -> None:
         before = lease.kv.k.clone()
         for number in range(2, 20):
             put(store, ALICE, spec(number))
+            for _ in range(5):
+                tier_of(store, ALICE, spec(number))
+            assert store.stats()["ram_chunks"] <= 3
+        assert store.stats()["evicted_ram"] > 10
         assert (lease.kv.k == before).all()
         assert store.contains(store.key(ALICE, spec(1)))
     store.close()

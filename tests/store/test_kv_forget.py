@@ -100,7 +100,7 @@ def test_what_waits_for_the_disk_never_gets_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_what_is_being_written_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_what_is_being_written_is_erased_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """The writer is held in the middle of its file while `forget` runs."""
     entered, go = threading.Event(), threading.Event()
     draft = DiskTier.draft
@@ -253,6 +253,25 @@ def test_without_room_for_a_copy_the_neighbours_go_too(tmp_path: Path, monkeypat
     assert kv_files(tmp_path) == []
     assert tier_of(store, ALICE, spec(2)) is None
     assert store.stats()["chunks"] == 0
+    store.close()
+
+
+def test_a_reader_follows_a_file_that_is_replaced_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path, linger_s=0.3)
+    put(store, ALICE, spec(1), spec(2))
+    store.close()
+    store = open_store(tmp_path)
+    read = DiskTier.read
+
+    def late(self: DiskTier, *arguments: object) -> object:
+        monkeypatch.undo()
+        assert store.forget(ALICE, ("m2",)).chunks == 1
+        return read(self, *arguments)
+
+    monkeypatch.setattr(DiskTier, "read", late)
+    assert tier_of(store, ALICE, spec(1)) == "disk"
+    assert store.stats()["corrupt"] == 0
+    assert len(kv_files(tmp_path)) == 1
     store.close()
 
 

@@ -186,7 +186,7 @@ class DiskTier:
         return items, bad
 
     def _check(self, view: memoryview, where: Place) -> Head:
-        started = time.perf_counter()
+        started = time.thread_time()
         parsed = parse(view[: where.header_bytes], self.layout)
         start = where.payload - where.offset
         payload = view[start : start + where.payload_bytes]
@@ -195,7 +195,7 @@ class DiskTier:
         if layer_sums(payload, self.layout.layers) != parsed.sums:
             raise BadRecord("a layer fails its checksum")
         self.checked_bytes += len(view)
-        self.checked_s += time.perf_counter() - started
+        self.checked_s += time.thread_time() - started
         return parsed.head
 
     def sync(self, directory: Path) -> None:

@@ -141,12 +141,7 @@ class Writer(threading.Thread):
             self._failed(error, len(batch))
             return None
         with shelf.changed:
-            if any(entry.erasing for entry, _, _ in batch):
-                self._disk.discard(draft)
-                for entry, head, _ in batch:
-                    if not entry.erasing:
-                        shelf.pending[entry.key] = head
-                return None
+            # An erasure that began meanwhile waits for `io`, and finds the file like any other.
             try:
                 self._disk.commit(draft)
             except OSError as error:
