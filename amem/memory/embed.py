@@ -33,8 +33,9 @@ _FUNCTION_WORDS = frozenset(
     """.split()
 )
 _FUNCTION_WEIGHT = 0.08
-_PIECE_WEIGHT = 0.6
+_PIECE_WEIGHT = 1.2
 _PAIR_WEIGHT = 0.4
+_IDEOGRAPHS = "\u2e80"  # from here on words are not separated by spaces, and a character or two is a word
 _SPREAD = 4  # buckets a whole-word feature is spread over, so that one collision costs a quarter of it
 
 
@@ -88,7 +89,8 @@ class HashEmbedder:
 
     def _word_features(self, word: str) -> _Features:
         padded = f"<{word}>"
-        pieces = sorted({padded[i : i + n] for n in (3, 4) for i in range(len(padded) - n + 1)})
+        sizes = (1, 2) if max(word) >= _IDEOGRAPHS else (3, 4)
+        pieces = sorted({padded[i : i + n] for n in sizes for i in range(len(padded) - n + 1)} - {"<", ">"})
         buckets, signs = self._hash([f"w {stem(word)} {i}" for i in range(_SPREAD)] + [f"p {p}" for p in pieces])
         signs[:_SPREAD] /= np.sqrt(_SPREAD)
         signs[_SPREAD:] *= _PIECE_WEIGHT / np.sqrt(max(1, len(pieces)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,16 +27,22 @@ class Hit:
 
 
 def fuse(lexical: Ranking, vectors: Ranking) -> list[Hit]:
-    """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (60 + rank). Of equals, the newest is first."""
+    """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (60 + rank).
+
+    Equal sums are common, first here and second there against second here and first there: then the shares of the best
+    score on either side decide, and then the newest is first.
+    """
     parts: dict[int, dict[str, float]] = {}
+    shares: dict[int, float] = {}
     for name, measure, ranking in (("lexical", "bm25", lexical), ("vector", "cosine", vectors)):
-        for rank, (seq, value) in enumerate(ranking, 1):
-            gain = 1.0 / (_RRF_K + rank)
-            parts.setdefault(seq, {}).update(
-                {f"{name}_rank": float(rank), f"{name}_{measure}": value, f"{name}_rrf": gain}
-            )
+        rank, before = 0, math.inf
+        for place, (seq, value) in enumerate(ranking, 1):
+            rank, before = (rank if value == before else place), value
+            found = {f"{name}_rank": float(rank), f"{name}_{measure}": value, f"{name}_rrf": 1.0 / (_RRF_K + rank)}
+            parts.setdefault(seq, {}).update(found)
+            shares[seq] = shares.get(seq, 0.0) + value / (ranking[0][1] or 1.0)
     hits = [Hit(seq, p.get("lexical_rrf", 0.0) + p.get("vector_rrf", 0.0), p) for seq, p in parts.items()]
-    return sorted(hits, key=lambda hit: (-hit.score, -hit.seq))
+    return sorted(hits, key=lambda hit: (-round(hit.score, 9), -round(shares[hit.seq], 6), -hit.seq))
 
 
 def in_context(
@@ -76,7 +83,7 @@ def choose(
         texts.add(memory.text)
         chosen.append(Recalled(memory, hit.score, hit.parts, tokens))
     if left is not None and options.neighbours:
-        chosen += _company(transaction, chosen, options.neighbours, left, count)
+        chosen += _company(transaction, tuple(chosen), options.neighbours, left, count)
     return sorted(chosen, key=lambda recalled: -recalled.score)
 
 

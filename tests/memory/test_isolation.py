@@ -20,8 +20,9 @@ from amem.memory.types import NewMemory, RecallOptions
 MakeService = Callable[..., MemoryService]
 
 STRANGE = [
-    "../../escaped", "..", ".", "/etc/passwd", "a/b/c", "C:\\x", "CON", "~", "-rf", "%2e%2e", "🙂🙂", "ünï",
-    "u\u0308ni\u0308", " ", "' OR 1=1 --", "x" * 256, "LOCK", "control.db", "t", "\u202emirror", "*", "A", "a", "user:bob",
+    "../../escaped", "..", ".", "/etc/passwd", "a/b/c", "C:\\x", "CON", "~", "-rf", "%2e%2e", "🙂🙂",
+    "ünï", "u\u0308ni\u0308", " ", "' OR 1=1 --", "x" * 256, "LOCK", "control.db", "t",
+    "\u202emirror", "*", "A", "a", "user:bob",
 ]  # fmt: skip
 _FILE = re.compile(r"(LOCK|FORMAT|master\.key|control\.db(-wal)?|t/[0-9a-f]{32}/memory\.db(-wal)?)")
 
