@@ -53,10 +53,17 @@ def _memory(error: MemoryFault) -> ApiError:
         return ApiError(400, "invalid_value", error.message, error.param)
     if isinstance(error, Conflict):
         return ApiError(409, error.code, error.message, error.param)
+    # These may name files: that is for the log, clients are told what it means to them.
+    _log.error("request %s: %s", REQUEST_ID.get(), error.message)
     if isinstance(error, Unavailable):
-        return ApiError(503, "memory_unavailable", error.message, retry_after_s=5)
-    code = "memory_damaged" if isinstance(error, Damaged) else "memory_error"
-    return ApiError(500, code, error.message, error.param)
+        message = "Memories cannot be stored durably now, nothing was changed. The server's log says why; try again."
+        return ApiError(503, "memory_unavailable", message, retry_after_s=5)
+    if isinstance(error, Damaged):
+        message = (
+            "The database of this user fails its checks. The server's log names the file; restore it from a backup."
+        )
+        return ApiError(500, "memory_damaged", message)
+    return ApiError(500, "memory_error", "The memory layer failed. The server's log says why.")
 
 
 def _engine(error: EngineError) -> ApiError:

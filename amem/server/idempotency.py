@@ -19,6 +19,15 @@ _KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class Once:
+    """A kind of write of a user. `key` is the client's; None for one that may be repeated."""
+
+    user: str
+    kind: str
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Seen:
     digest: bytes
     answer: asyncio.Task[Json]
@@ -31,33 +40,39 @@ class Replays:
     """
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self._seen: OrderedDict[Once, _Seen] = OrderedDict()
 
-    async def once(self, key: str | None, request: Json, effect: Callable[[], Awaitable[Json]]) -> Json:
+    async def once(self, once: Once, request: Json, effect: Callable[[], Awaitable[Json]]) -> Json:
         """Runs `effect` to its end even when the client leaves. A failed effect is forgotten, so it can be retried.
 
         Raises ApiError 400 when the key was used for another request.
         """
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
-        seen = None if key is None else self._seen.get(key)
+        seen = None if once.key is None else self._seen.get(once)
         if seen is not None and seen.digest != digest:
             message = "This Idempotency-Key was used for another request; use a new one."
             raise bad_request(message, "Idempotency-Key", "idempotency_key_reused")
-        task = asyncio.ensure_future(effect()) if seen is None else seen.answer
-        if key is not None and seen is None:
-            self._keep(key, _Seen(digest, task))
-        return await asyncio.shield(task)
+        if seen is None:
+            seen = _Seen(digest, asyncio.ensure_future(effect()))
+            self._keep(once, seen)
+        return await asyncio.shield(seen.answer)
 
-    def _keep(self, key: str, seen: _Seen) -> None:
-        self._seen[key] = seen
-        while len(self._seen) > _KEPT:
-            self._seen.popitem(last=False)
+    def forget(self, user: str) -> None:
+        """Drops answers that may hold a user's texts."""
+        for once in [once for once in self._seen if once.user == user and once.kind != "forget"]:
+            del self._seen[once]
 
-        def drop_if_failed(task: asyncio.Task[Json]) -> None:
-            if (task.cancelled() or task.exception() is not None) and self._seen.get(key) is seen:
-                del self._seen[key]
+    def _keep(self, once: Once, seen: _Seen) -> None:
+        def ended(task: asyncio.Task[Json]) -> None:
+            failed = task.cancelled() or task.exception() is not None
+            if failed and self._seen.get(once) is seen:
+                del self._seen[once]
 
-        seen.answer.add_done_callback(drop_if_failed)
+        seen.answer.add_done_callback(ended)
+        if once.key is not None:
+            self._seen[once] = seen
+            while len(self._seen) > _KEPT:
+                self._seen.popitem(last=False)
 
 
 def idempotency_key(request: web.Request) -> str | None:

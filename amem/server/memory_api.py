@@ -10,7 +10,7 @@ from amem.engine.types import ForgetReceipt
 from amem.memory.errors import NotFound
 from amem.memory.types import Added, Forgotten, Memory, NewMemory, RecallOptions
 from amem.server.errors import bad_request
-from amem.server.idempotency import idempotency_key
+from amem.server.idempotency import Once, idempotency_key
 from amem.server.memory_schema import (
     MAX_PAGE,
     RememberRequest,
@@ -50,7 +50,7 @@ async def remember(request: web.Request) -> web.Response:
     async def effect() -> Json:
         return await store(services, user, wanted, key)
 
-    return web.json_response(await services.replays.once(_scoped(user, "add", key), body, effect))
+    return web.json_response(await services.replays.once(Once(user, "add", key), body, effect))
 
 
 async def store(services: Services, user: str, wanted: RememberRequest, key: str | None) -> Json:
@@ -129,8 +129,8 @@ async def update(request: web.Request) -> web.Response:
         services.kv.compute(user, [memory.id])
         return {"user": user} | memory_json(memory) | {"kv": receipt_json(receipt)}
 
-    key = _scoped(user, f"update {id}", idempotency_key(request))
-    return web.json_response(await services.replays.once(key, body, effect))
+    once = Once(user, "update", idempotency_key(request))
+    return web.json_response(await services.replays.once(once, body | {"id": id}, effect))
 
 
 async def forget(request: web.Request) -> web.Response:
@@ -153,12 +153,13 @@ async def forget(request: web.Request) -> web.Response:
             if ids is not None:
                 raise
             gone, receipt = Forgotten((), 0, 0, 0, 0.0), ForgetReceipt()
+        services.replays.forget(user)
         services.count("memories_forgotten", len(gone.ids))
         text = {"rows": gone.rows, "vectors": gone.vectors, "sessions": gone.sessions}
         return {"user": user, "forgotten": list(gone.ids), "text": text, "kv": receipt_json(receipt)}
 
-    key = _scoped(user, f"forget {ids}", idempotency_key(request))
-    return web.json_response(await services.replays.once(key, {}, effect))
+    once = Once(user, "forget", idempotency_key(request))
+    return web.json_response(await services.replays.once(once, {"ids": ids}, effect))
 
 
 async def recall(request: web.Request) -> web.Response:
@@ -187,7 +188,3 @@ def _one_id(request: web.Request) -> str | None:
     if ids is not None and len(ids) > 1:
         raise bad_request("Name one id.", "id", "conflicting_values")
     return None if ids is None else ids[0]
-
-
-def _scoped(user: str, what: str, key: str | None) -> str | None:
-    return None if key is None else f"{what}\n{user}\n{key}"

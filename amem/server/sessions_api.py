@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from amem.server.idempotency import idempotency_key
+from amem.server.idempotency import Once, idempotency_key
 from amem.server.memory_schema import query_only, session_request
 from amem.server.services import needed_user, services_of, session_user
 from amem.server.shapes import session_json
@@ -31,9 +31,8 @@ async def start(request: web.Request) -> web.Response:
         session = await services.threads.run(services.memory.start_session, user, budget, wanted.session)
         return session_json(session)
 
-    key = idempotency_key(request)
-    scoped = None if key is None else f"session\n{user}\n{key}"
-    return web.json_response(await services.replays.once(scoped, body, effect))
+    once = Once(user, "session", idempotency_key(request))
+    return web.json_response(await services.replays.once(once, body, effect))
 
 
 async def read(request: web.Request) -> web.Response:

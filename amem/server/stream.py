@@ -16,6 +16,7 @@ from amem.server.strict_json import Json
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 COMMENT = b": keep-alive\n\n"
 
 
@@ -40,7 +41,7 @@ class EventStream:
 
     async def event(self, body: Json) -> None:
         await self.open()
-        await self._write(b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+        await self._write(f"data: {_ENCODER.encode(body)}\n\n".encode())
 
     async def comment(self) -> None:
         await self.open()

@@ -287,6 +287,28 @@ def test_a_raw_request_for_a_path_outside_is_just_not_found(server: ServerThread
         assert b" 404 " in answer.split(b"\r\n")[0], answer
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"nonsense\r\n\r\n",
+        b"POST /v1/recall HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/recall HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+    ids=["nonsense", "smuggling", "length", "header", "address"],
+)
+def test_what_is_no_http_is_turned_away(server: ServerThread, raw: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = server.server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(raw)
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(65536)
+    assert b" 400 " in answer.split(b"\r\n")[0] or answer == b""
+    assert "xxxx" not in caplog.text
+    assert server.get("/health").status == 200
+
+
 def test_every_field_that_openai_documents_is_known_by_name(server: ServerThread) -> None:
     for field in OPENAI_FIELDS:
         answer = server.post("/v1/chat/completions", {"model": "none", "messages": HELLO, field: {"strange": [1]}})

@@ -263,3 +263,29 @@ def test_memories_work_while_the_engine_is_down(start: Callable[..., ServerThrea
     assert int(asked.headers["Retry-After"]) > 0
     assert server.get("/v1/stats").json()["engine"] is None
     assert server.get("/v1/models").json()["data"][0]["id"] == "amem"
+
+
+def test_a_damaged_file_is_the_trouble_of_its_user_alone(start: Callable[..., ServerThread]) -> None:
+    server = start(engine=False)
+    server.remember("alice", *(f"Alice says {n}." for n in range(50)))
+    server.remember("bob", "Bob is fine.")
+    data = server.server.services.config.data_dir
+    tenant = server.server.services.memory.tenant("alice")
+    assert tenant is not None
+    server.stop()
+    files = [path for path in data.rglob("*") if path.is_file() and tenant.id.hex() in str(path)]
+    assert files
+    for path in files:
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2 : len(raw) // 2 + 64] = bytes(64)
+        raw[100:164] = bytes(64)
+        path.write_bytes(raw)
+    server = start(engine=False)
+    answer = server.get("/v1/memories/alice")
+    assert answer.status == 500
+    assert error_of(answer)["code"] == "memory_damaged"
+    assert str(data) not in answer.text
+    assert server.texts("bob") == ["Bob is fine."]
+    users = {one["user"]: one for one in server.get("/v1/users").json()["users"]}
+    assert users["alice"]["damaged"]
+    assert not users["bob"]["damaged"]
