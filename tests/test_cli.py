@@ -21,7 +21,7 @@ from amem.child import ServerChild
 from amem.cli import app, console
 from amem.residue import Samples
 
-VERBS = "kv-serve serve demo remember recall list forget ask users stats bench version".split()
+VERBS = "kv-serve serve proxy demo remember recall list forget ask users stats bench version".split()
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ def test_help_lists_every_verb_and_no_other() -> None:
     assert said.exit_code == 0
     for verb in VERBS:
         assert f" {verb} " in said.output
-    assert "proxy" not in said.output
     assert "mcp" not in said.output
     for verb in set(VERBS) - {"bench"}:
         said = CliRunner().invoke(app, [verb, "--help"])

@@ -94,11 +94,45 @@ print(sorted({"torch", "hnswlib", "transformers"} & sys.modules.keys()))
 """
 
 
+PROXY_WORKS = """
+import json, subprocess, sys, threading, urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from amem import Amem
+
+seen = []
+
+class Upstream(BaseHTTPRequestHandler):
+    def do_POST(self):
+        seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *arguments):
+        pass
+
+upstream = HTTPServer(("127.0.0.1", 0), Upstream)
+threading.Thread(target=upstream.serve_forever, daemon=True).start()
+address = f"http://127.0.0.1:{upstream.server_address[1]}/v1"
+command = [sys.executable, "-m", "amem", "proxy", "--json", "--port", "0", "--upstream", address]
+proxy = subprocess.Popen([*command, "--data-dir", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+url = json.loads(proxy.stdout.readline())["url"]
+Amem(url).remember("alice", "Alice's sister Maria lives in Denver.")
+chat = {"user": "alice", "messages": [{"role": "user", "content": "Where does Alice's sister live?"}]}
+urllib.request.urlopen(urllib.request.Request(url + "/v1/chat/completions", json.dumps(chat).encode())).read()
+print(seen[0]["messages"][0]["content"].count("Maria lives in Denver"))
+proxy.terminate()
+print(proxy.wait(30))
+"""
+
+
 def test_the_base_works_alone_and_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     python = empty_venv(tmp_path / "venv")
     execute(python, *PIP, "install", "--only-binary=:all:", str(wheel))
     said = execute(python, "-c", BASE_WORKS, str(tmp_path / "data"), cwd=tmp_path).splitlines()
     assert said == ["Alice's sister Maria lives in Denver.", "0", "[]"]
+    assert execute(python, "-c", PROXY_WORKS, str(tmp_path / "proxy"), cwd=tmp_path).split() == ["1", "0"]
     amem = str(tmp_path / "venv" / "bin" / "amem")
     assert execute(amem, "version").startswith("amem ")
     for command in ("demo", "kv-serve", "serve", "bench"):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from amem import __version__
-from amem.cli import remote, serve
+from amem.cli import proxy, remote, serve
 from amem.cli.console import Failure, print_failure, print_json, print_line
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ def main() -> None:
 
 
 serve.register(app)
+proxy.register(app)
 remote.register(app)
 
 

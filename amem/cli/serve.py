@@ -85,7 +85,7 @@ def kv_serve(
     where = (data_dir or default_data_dir()).expanduser().absolute()
     memory = _Memory(kv_pool_gb, kv_ram_gb, kv_disk_gb)
     level = fidelity or (Level.EXACT if context.info_name == "serve" else Level.BALANCED)
-    with _explained():
+    with explained():
         config = _config(found, where, memory, dtype, device, level, _Address(host, port, api_key))
         _run(config, as_json)
 
@@ -153,7 +153,7 @@ def _config(
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """What keeps a server from starting, as failures that say what to do."""
     from amem.engine.config import ConfigError as EngineConfigError
     from amem.engine.types import EngineError
