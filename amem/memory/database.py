@@ -115,12 +115,6 @@ class Database:
             self._check_open()
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def check(self) -> None:
-        """Reads every page. Raises Damaged if one fails."""
-        rows = self.read(lambda t: t.execute("PRAGMA quick_check(1)"))
-        if rows != [("ok",)]:
-            raise Damaged(f"the database {self.path} fails its check ({rows[0][0]}); restore it from a backup")
-
     def close(self) -> None:
         with self._lock:
             self.broken = True

@@ -25,9 +25,9 @@ class DataDir:
     """Opens (creates) and locks the directory. Raises DataDirError when it is in use or of a newer format."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root = root = root.resolve()  # databases are opened without following links
             self._lock = _lock(root / "LOCK")
         except OSError as error:
             raise DataDirError(f"cannot use the data directory {root}: {error}; check that it is writable") from error

@@ -12,6 +12,7 @@ from amem.memory.config import MemoryConfig
 from amem.memory.control import Control, TenantRecord
 from amem.memory.datadir import DataDir, sync_directory
 from amem.memory.errors import Unavailable
+from amem.memory.schema import remove_files
 from amem.memory.tenant import TenantMemory
 
 
@@ -26,7 +27,8 @@ class _Handle:
 
 
 class TenantPool:
-    """`_busy` tenants are being opened or closed by some thread outside the lock; others wait for them."""
+    """`_busy` tenants are being opened or closed by some thread outside the lock, `_retiring` ones are being erased:
+    others wait for them. `_retired` ones are gone for good."""
 
     def __init__(self, directory: DataDir, control: Control, config: MemoryConfig) -> None:
         self._directory = directory
@@ -35,6 +37,7 @@ class TenantPool:
         self._changed = threading.Condition()
         self._open: OrderedDict[bytes, _Handle] = OrderedDict()
         self._busy: set[bytes] = set()
+        self._retiring: set[bytes] = set()
         self._retired: set[bytes] = set()
         self._closed = False
 
@@ -57,23 +60,23 @@ class TenantPool:
     def retired(self, tenant_id: bytes) -> Iterator[None]:
         """Waits until nobody uses the tenant and closes it. It stays closed for good unless the block raises."""
         with self._changed:
-            while tenant_id in self._busy or tenant_id in self._retired:
-                if tenant_id in self._retired:
-                    raise Erased
+            while tenant_id in self._busy or tenant_id in self._retiring:
                 self._changed.wait()
-            self._retired.add(tenant_id)
+            if tenant_id in self._retired:
+                raise Erased
+            self._retiring.add(tenant_id)
             while (handle := self._open.get(tenant_id)) is not None and handle.leases:
                 self._changed.wait()
             self._open.pop(tenant_id, None)
-        if handle is not None:
-            handle.memory.close()
         try:
+            if handle is not None:
+                handle.memory.close()
             yield
-        except BaseException:
+            self._retired.add(tenant_id)
+        finally:
             with self._changed:
-                self._retired.discard(tenant_id)
+                self._retiring.discard(tenant_id)
                 self._changed.notify_all()
-            raise
 
     def close(self) -> None:
         """Waits for the calls in progress, then closes every database."""
@@ -112,13 +115,13 @@ class TenantPool:
     def _next_step(self, tenant_id: bytes) -> _Handle | bytes | None:
         """A leased handle; or the tenant to close or open outside the lock; or None after waiting for a change."""
         handle = self._open.get(tenant_id)
-        if handle is not None and not handle.memory.broken:
+        if handle is not None and not handle.memory.broken and tenant_id not in self._retiring:
             handle.leases += 1
             self._open.move_to_end(tenant_id)
             return handle
         if handle is not None and not handle.leases:
             return tenant_id
-        if handle is None and tenant_id not in self._busy:
+        if handle is None and tenant_id not in self._busy | self._retiring:
             if len(self._open) + len(self._busy) < self._config.max_open:
                 return tenant_id
             for candidate, other in self._open.items():
@@ -127,10 +130,21 @@ class TenantPool:
         self._changed.wait()
         return None
 
+    def _current(self, record: TenantRecord) -> TenantRecord:
+        """The record as it is now: another thread may have brought the tenant to life since it was looked up."""
+        current = self._control.find(record.user)
+        if current is None or current.id != record.id:
+            raise Erased
+        return current
+
     def _opened(self, record: TenantRecord) -> _Handle:
         path = self._directory.tenant_path(record.id)
         if record.new:
+            record = self._current(record)
+        if record.new:
+            # Nothing was acknowledged yet: what lies there is left from a crash in the middle of this.
             path.parent.mkdir(mode=0o700, exist_ok=True)
+            remove_files(path)
         memory = TenantMemory(record, path, self._config)
         try:
             if record.new:

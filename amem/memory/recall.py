@@ -29,8 +29,8 @@ class Hit:
 def fuse(lexical: Ranking, vectors: Ranking) -> list[Hit]:
     """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (60 + rank).
 
-    Equal sums are common, first here and second there against second here and first there: then the shares of the best
-    score on either side decide, and then the newest is first.
+    Equal sums are common (first here and second there, against second here and first there): then the shares of the
+    best score on either side decide, and then the newest is first.
     """
     parts: dict[int, dict[str, float]] = {}
     shares: dict[int, float] = {}

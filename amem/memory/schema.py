@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from amem.memory.database import Database, Transaction
+from amem.memory.datadir import sync_directory
 from amem.memory.errors import Damaged, DataDirError
 
 _CONTROL_ID = 0x616D6331  # "amc1"
 _TENANT_ID = 0x616D7431  # "amt1"
 _VERSION = 1
+_MAX_GROUP = 64
 
 CONTROL = """
 CREATE TABLE tenants(
@@ -61,11 +63,24 @@ CREATE INDEX request_age ON requests(created);
 
 
 def open_control(path: Path, key: bytes) -> Database:
-    return _open(path, key, not path.exists(), CONTROL, _CONTROL_ID, max_group=64)
+    """Opens control.db, or makes it: under another name first, so that a crash leaves none or a whole one."""
+    if not path.exists():
+        draft = path.with_name("new-" + path.name)
+        remove_files(draft)
+        _open(draft, key, True, CONTROL, _CONTROL_ID, _MAX_GROUP).close()
+        draft.replace(path)
+        sync_directory(path.parent)
+    return _open(path, key, False, CONTROL, _CONTROL_ID, _MAX_GROUP)
+
+
+def remove_files(path: Path) -> None:
+    """Unlinks a database and what SQLite keeps beside it."""
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-journal"):
+        path.with_name(name).unlink(missing_ok=True)
 
 
 def open_tenant(path: Path, key: bytes, create: bool, max_group: int) -> Database:
-    """Opens a user's database; `create` only while the user is new. A file without our tables is Damaged."""
+    """Opens a user's database, or creates it. A file without our tables is Damaged."""
     return _open(path, key, create, TENANT, _TENANT_ID, max_group)
 
 
@@ -73,7 +88,7 @@ def _open(path: Path, key: bytes, create: bool, tables: str, application: int, m
     database = Database(path, key, create, max_group)
     try:
         found, version = database.read(_identity)
-        if create and found == 0:
+        if create:
             database.write(lambda t: _create(t, tables, application))
         elif found != application:
             raise Damaged(f"the database {path} is empty or not ours; restore it from a backup")

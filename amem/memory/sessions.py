@@ -108,8 +108,11 @@ def admit(
     kept = _evicted(old, turn, budget - needed, int(budget * limits.evict_to) - needed)
     batch = max((resident.batch for resident in old), default=0) + 1
     new.sort(key=lambda item: item.memory.place)
-    kept_or_new = kept + [_Resident(batch, anchor, i.memory.id, i.tokens, i.score, 1, turn) for i in new]
-    _store(transaction, id, kept_or_new)
+    fresh = [_Resident(batch, anchor, item.memory.id, item.tokens, item.score, 1, turn) for item in new]
+    if len(kept) < len(old):
+        _store(transaction, id, kept + fresh)
+    else:
+        _extend(transaction, id, old, fresh, turn)
     transaction.run(
         "UPDATE sessions SET turn = ?, used = ?, epoch = epoch + ? WHERE id = ?",
         (turn, now, len(kept) < len(old), id),
@@ -178,10 +181,25 @@ def _residents(transaction: Transaction, session: str) -> list[_Resident]:
 
 def _store(transaction: Transaction, session: str, residents: Sequence[_Resident]) -> None:
     transaction.run("DELETE FROM residents WHERE session = ?", (session,))
-    for place, r in enumerate(residents):
+    _insert(transaction, session, residents, 0)
+
+
+def _extend(
+    transaction: Transaction, session: str, old: Sequence[_Resident], new: Sequence[_Resident], turn: int
+) -> None:
+    """What `_store` would do for `old` and `new`, where only those recalled in this turn are changed."""
+    for r in old:
+        if r.turn == turn:
+            sql = "UPDATE residents SET score = ?, hits = ?, turn = ? WHERE session = ? AND memory = ?"
+            transaction.run(sql, (r.score, r.hits, r.turn, session, r.memory))
+    _insert(transaction, session, new, len(old))
+
+
+def _insert(transaction: Transaction, session: str, residents: Sequence[_Resident], place: int) -> None:
+    for offset, r in enumerate(residents):
         transaction.run(
             "INSERT INTO residents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (session, place, r.batch, r.anchor, r.memory, r.tokens, r.score, r.hits, r.turn),
+            (session, place + offset, r.batch, r.anchor, r.memory, r.tokens, r.score, r.hits, r.turn),
         )
 
 

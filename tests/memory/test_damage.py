@@ -288,3 +288,53 @@ def test_a_write_that_fails_is_not_acknowledged_and_the_next_works(tmp_path: Pat
     service = MemoryService(tmp_path / "data")
     assert len(service.list("u", limit=1000).memories) == int(done.stdout)
     service.close()
+
+
+def test_a_data_directory_behind_a_link_works(tmp_path: Path, open_service: MakeService) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    service = open_service(path=tmp_path / "link" / "data")
+    service.add("u", [NewMemory("x")])
+    service.close()
+    again = open_service(path=tmp_path / "real" / "data")
+    assert [memory.text for memory in again.list("u").memories] == ["x"]
+
+
+INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from amem.memory import schema
+from amem.memory.control import Control
+from amem.memory.service import MemoryService
+from amem.memory.types import NewMemory
+step = sys.argv[2]
+create = schema._create
+def crash(*arguments):
+    os._exit(9)
+def half(transaction, tables, application):
+    if application == (schema._CONTROL_ID if step == "control" else schema._TENANT_ID):
+        transaction.execute(tables.split(";")[0])
+        crash()
+    create(transaction, tables, application)
+if step == "live":
+    Control.mark_live = crash
+else:
+    schema._create = half
+MemoryService(Path(sys.argv[1])).add("u", [NewMemory("never acknowledged")])
+"""
+
+
+@pytest.mark.parametrize("step", ["control", "tenant", "live"])
+def test_a_crash_in_the_first_seconds_leaves_a_usable_directory(tmp_path: Path, step: str) -> None:
+    data = tmp_path / "data"
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(data), step], timeout=60, check=False)
+    assert done.returncode == 9
+    for torn in data.rglob("memory.db"):
+        torn.write_bytes(b"torn by a power cut" * 300)
+    for text in ("first", "second"):
+        service = MemoryService(data)
+        service.add("u", [NewMemory(text)])
+        service.close()
+    service = MemoryService(data)
+    assert [memory.text for memory in service.list("u").memories] == ["first", "second"]
+    service.close()
