@@ -92,7 +92,7 @@ def test_a_scan_through_the_disk_does_not_wash_out_ram(tmp_path: Path) -> None:
     hot = [number for number in range(50) if store.contains(store.key(ALICE, spec(number))) == "cpu"]
     for _ in range(5):
         assert {tier_of(store, ALICE, spec(number)) for number in hot} == {"cpu"}
-    for number in range(50):
+    for number in 3 * list(range(50)):
         tier_of(store, ALICE, spec(number))
         store.flush()
     assert {tier_of(store, ALICE, spec(number)) for number in hot} == {"cpu"}

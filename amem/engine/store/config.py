@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
@@ -65,6 +65,7 @@ class ChunkLayout:
     """The shape of a chunk's KV in memory and in files: [layers, 2 (K, V), tokens, kv_heads, head_dim], contiguous.
 
     fingerprint: a string that differs whenever the model, its settings or the KV format would change the bytes.
+    fingerprint_digest: 32 bytes that stand for it in keys, file headers and directory names.
     """
 
     layers: int
@@ -72,6 +73,7 @@ class ChunkLayout:
     head_dim: int
     dtype: torch.dtype
     fingerprint: str
+    fingerprint_digest: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CODES:
@@ -85,14 +87,11 @@ class ChunkLayout:
                 f"layers, kv_heads and head_dim must lie in 1..65535, "
                 f"got {self.layers}, {self.kv_heads}, {self.head_dim}"
             )
+        digest = blake2b(self.fingerprint.encode(), digest_size=32, person=b"amem-kv-model").digest()
+        object.__setattr__(self, "fingerprint_digest", digest)
 
     def shape(self, tokens: int) -> tuple[int, int, int, int, int]:
         return (self.layers, 2, tokens, self.kv_heads, self.head_dim)
 
     def payload_bytes(self, tokens: int) -> int:
         return math.prod(self.shape(tokens)) * self.dtype.itemsize
-
-    @property
-    def fingerprint_digest(self) -> bytes:
-        """32 bytes that stand for the fingerprint in file headers and directory names."""
-        return blake2b(self.fingerprint.encode(), digest_size=32, person=b"amem-kv-model").digest()
