@@ -193,7 +193,8 @@ class Core:
                 self._captured(span, output.captured[at])
         kept = [at for at, span in enumerate(sampled) if sound[id(span)]]
         if kept:
-            self._emit([sampled[at].sequence for at in kept], output.logits[kept])
+            logits = output.logits if len(kept) == len(sampled) else output.logits[kept]
+            self._emit([sampled[at].sequence for at in kept], logits)
 
     def _account(self, span: Span, output: StepOutput, at: int) -> None:
         sequence, rows = span.sequence, span.rows

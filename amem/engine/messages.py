@@ -147,7 +147,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent every second; `steps` and `busy` let the other side tell progress from mere life."""
+    """Sent every second; `steps` and `busy` let the other side tell progress from mere life.
+
+    steps: a number that changes while the engine gets on.
+    """
 
     steps: int
     busy: bool

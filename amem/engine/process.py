@@ -99,6 +99,7 @@ class Service:
         self._engine = engine
         self._link = link
         self._steps = 0
+        self._computes_here = engine.model.device == "cpu"
         self._busy = False
         self._stopping = False
 
@@ -140,13 +141,22 @@ class Service:
             _log.exception("an erasure did not finish")
             return Failed(message.job_id, "internal", f"the erasure did not finish: {error}; ask again")
 
+    def _progress(self) -> int:
+        """Changes while the engine gets on. A step of a large model on a CPU takes minutes, but also CPU time."""
+        return self._steps + (int(time.process_time()) if self._computes_here else 0)
+
     def _beat(self) -> None:
         try:
             while True:
-                self._link.send([Heartbeat(self._steps, self._busy)])
+                self._link.send([Heartbeat(self._progress(), self._busy)])
                 time.sleep(HEARTBEAT_S)
         except OSError:
             return  # the reader has seen the end too
+
+
+def _expected(error: Exception) -> bool:
+    """Our own exceptions say what is wrong; a traceback would bury it."""
+    return type(error).__module__.startswith("amem.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,7 +181,8 @@ def _serve(link: Link) -> int:
     try:
         engine = _start(first, link)
     except Exception as error:
-        _log.exception("the engine cannot start")
+        if not _expected(error):
+            _log.exception("the engine cannot start")
         link.send([Failed("", START_FAILED, f"{error}")])
         return 2
     try:

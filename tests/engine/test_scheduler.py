@@ -79,6 +79,7 @@ class Oracle:
     kv: list[int] = field(init=False)
     lineage: dict[int, frozenset[int]] = field(default_factory=lambda: {0: frozenset()})
     broken: int = -1
+    raises: int = -1
     most_rows: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +89,8 @@ class Oracle:
         slots = [self.slot(s, position) for s in batch.sequences for position in s.positions]
         assert len(slots) == len(set(slots)), "two rows of a batch share a slot"
         self.most_rows = max(self.most_rows, batch.rows)
+        if any(self.raises in sequence.token_ids for sequence in batch.sequences):
+            raise RuntimeError("the device does not like this token")
         ends, costs, blends, kept, captured = [], [], [], [], []
         for sequence in batch.sequences:
             run = self.rows_that_run(sequence)
@@ -208,9 +211,12 @@ class Bench:
 
 
 def memory(number: int, tenant: int = 0, length: int = 6) -> ChunkSpec:
-    """A chunk of ids that no other memory and no plain text has."""
+    """A chunk of ids that no other memory and no plain text has. Memory 3 is computed behind memory 2."""
     token = PLAIN + 8 * tenant + number
-    return ChunkSpec((token,) * length, PREAMBLE, len(PREAMBLE), f"t{tenant}m{number}")
+    before = memory(2, tenant) if number == 3 else None
+    context = PREAMBLE + (before.token_ids if before else ())
+    behind = (before.memory,) if before else ()
+    return ChunkSpec((token,) * length, context, len(PREAMBLE), f"t{tenant}m{number}", behind)
 
 
 def part(spec: ChunkSpec) -> Segment:
@@ -271,7 +277,8 @@ class Machine(RuleBasedStateMachine):
         spec = memory(number, tenant)
         self.bench.core.forget(ForgetMemories("f", TENANTS[tenant], (spec.memory,)))
         assert not self.bench.device.holds(spec.token_ids[0])
-        assert self.bench.store.contains(self.bench.store.key(TENANTS[tenant], spec)) is None
+        for gone in (spec, memory(3, tenant)) if number == 2 else (spec,):
+            assert self.bench.store.contains(self.bench.store.key(TENANTS[tenant], gone)) is None
 
     @invariant()
     def answers_are_right_so_far(self) -> None:
@@ -381,7 +388,7 @@ def test_an_exact_request_never_reads_blended_pages() -> None:
 
 def test_another_blend_never_reads_blended_pages() -> None:
     bench = Bench(pages=40)
-    one, two, three = memory(1), memory(2), memory(3)
+    one, two, three = memory(1), memory(2), memory(4)
     bench.core.write(WriteChunks("w", TENANTS[0], (one, two, three)))
     bench.drain()
     bench.ask("one", HEAD, part(two), part(one), QUESTION, options=BlendOptions())
@@ -450,17 +457,56 @@ def test_forget_ends_requests_and_clears_their_pages() -> None:
 
 
 def test_numbers_that_are_not_finite_end_their_request_alone() -> None:
-    bench = Bench()
-    told = answer((4, 5, 6), 8)
-    bench.device.broken = next(token for token in told if token not in answer((7, 7, 7), 8))
-    bench.add("sick", Segment((4, 5, 6)), count=8)
+    bench = Bench(pages=40, step_rows=6)
+    prompt = Segment(tuple(range(14)))
+    bench.device.broken = next(token for token in answer(range(14), 8) if token not in answer((7, 7, 7), 8))
+    bench.add("sick", prompt, count=8)
     bench.add("well", Segment((7, 7, 7)), count=8)
     bench.drain()
     assert isinstance(bench.ends["sick"], Failed)
     assert bench.ends["sick"].code == "numeric"
     assert bench.tokens["well"] == answer((7, 7, 7), 8)
     bench.device.broken = -1
-    assert bench.ask("again", Segment((4, 5, 6))).report.prompt.prefix == 0
+    assert bench.ask("again", prompt).report.prompt.prefix == 0
+
+
+def test_a_forward_that_raises_ends_the_request_that_caused_it_alone() -> None:
+    bench = Bench(pages=40)
+    bench.device.raises = 30
+    bench.core.write(WriteChunks("w", TENANTS[0], (memory(1), ChunkSpec((30,), PREAMBLE, 3, "bad"))))
+    for name, tokens in {"a": (1, 2), "sick": (4, 30), "b": (5, 6, 7)}.items():
+        bench.add(name, Segment(tokens))
+    bench.drain()
+    assert isinstance(bench.ends["sick"], Failed)
+    assert bench.ends["sick"].code == "internal"
+    assert bench.tokens == {"a": answer((1, 2), 5), "b": answer((5, 6, 7), 5)}
+    assert bench.core.stats()["chunks_failed"] == bench.core.stats()["chunks_written"] == 1
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_prompts_of_any_length_are_found_again(length: int) -> None:
+    bench = Bench(pages=40)
+    prompt = tuple(range(length))
+    bench.ask("first", Segment(prompt))
+    again = bench.ask("again", Segment(prompt))
+    assert bench.tokens["again"] == bench.tokens["first"] == answer(prompt, 5)
+    assert again.report.prompt.prefix == length - 1
+    longer = bench.ask("longer", Segment(prompt), Segment((31,)))
+    assert longer.report.prompt.prefix >= length
+    assert bench.tokens["longer"] == answer((*prompt, 31), 5)
+
+
+@pytest.mark.parametrize("stored", [(), (1,), (2,), (1, 2)])
+def test_a_session_goes_on_whatever_was_stored_when_it_began(stored: tuple[int, ...]) -> None:
+    """Chunks missing at the first question are stored by the second; their pages still serve it."""
+    bench = Bench(pages=40)
+    if stored:
+        bench.core.write(WriteChunks("w", TENANTS[0], tuple(memory(number) for number in stored)))
+        bench.drain()
+    first = (HEAD, part(memory(2)), part(memory(1)), QUESTION)
+    bench.ask("first", *first, options=BlendOptions())
+    second = bench.ask("second", *first, Segment(tuple(bench.tokens["first"])), QUESTION, options=BlendOptions())
+    assert second.report.prompt.fresh == 4
 
 
 @pytest.mark.parametrize("step", range(6))
