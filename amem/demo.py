@@ -47,11 +47,15 @@ def run(as_json: bool) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="amem-demo-") as directory:
         server = ServerChild(Path(directory) / "data")
+        working = _spinner(as_json)
         try:
-            with server:
-                _Demo(server, done, _spinner(as_json)).play()
+            with working("start"):
+                server.start()
+            _Demo(server, done, working).play(time.perf_counter() - began)
         except AmemError as error:
             raise explain(error, str(server.ready.get("url"))) from error
+        finally:
+            server.close()
     total = time.perf_counter() - began
     if as_json:
         print_json({"model": server.ready, "steps": [asdict(step) for step in steps], "seconds": total})
@@ -64,10 +68,9 @@ class _Demo:
         self._server, self._done, self._working = server, done, working
         self._client = Amem(server.url)
 
-    def play(self) -> None:
+    def play(self, start_seconds: float) -> None:
         ready = self._server.ready
-        what = f"{ready['model']}, {ready['dtype']} on {ready['device']}"
-        self._done(Step("start", ready["seconds"], what))
+        self._done(Step("start", start_seconds, f"{ready['model']}, {ready['dtype']} on {ready['device']}"))
         self._remember()
         session = self._client.start_session(USER)
         self._ask("ask, first", SISTER, session)

@@ -30,6 +30,8 @@ def explain(error: AmemError, url: str) -> Failure:
         return Failure(f"no amem server answers at {url}", detail, "start one with `amem kv-serve`, or give --url")
     if error.code == "timeout":
         return Failure(f"the server at {url} took too long", detail, "look at what it is doing: `amem stats`")
+    if error.code == "not_started":
+        return Failure("no server could be started", detail, "run `amem kv-serve` to see more")
     if error.status == 0:
         return Failure("the request was not sent or its answer not understood", detail, "check --url and --api-key")
     fixes = {
