@@ -45,7 +45,7 @@ class TilePlan:
     _made: dict[tuple[int, int], tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def groups(self, heads: int, kv_heads: int) -> tuple[TileGroup, ...]:
-        """Sequences whose score rows fit the narrow tile, and the others; made for the first layer, used by all."""
+        """Sequences of one row, and the others; made for the first layer, used by all."""
         if (heads, kv_heads) not in self._made:
             self._made[heads, kv_heads] = self._cut(heads // kv_heads, kv_heads)
         return self._made[heads, kv_heads]
@@ -54,12 +54,10 @@ class TilePlan:
         chip, size = chip_of(self.positions.device), self.dtype.itemsize
         narrow, wide = narrow_tile(chip, size, group), wide_tile(chip, size, group)
         rows = np.diff(np.asarray(self.cu_rows, dtype=np.int64))
-        few = rows * group <= narrow.queries
         longest = self.block_table.shape[1] * self.page_size
         found = []
-        for shape, chosen in ((wide, ~few), (narrow, few)):
-            per_tile = shape.queries // group
-            tiles = _tiles(self.cu_rows, np.flatnonzero(chosen & (rows > 0)), per_tile)
+        for shape, chosen, per_tile in ((wide, rows > 1, wide.queries // group), (narrow, rows == 1, 1)):
+            tiles = _tiles(self.cu_rows, np.flatnonzero(chosen), per_tile)
             if len(tiles):
                 parts = _parts(chip, shape, len(tiles) * kv_heads, longest)
                 found.append(TileGroup(shape, self._send(tiles), int(tiles[:, 2].sum()), per_tile, parts))
@@ -97,7 +95,7 @@ def _tiles(cu_rows: Sequence[int], sequences: NDArray[np.int64], per_tile: int) 
 
 def _parts(chip: Chip, shape: TileShape, programs: int, longest: int) -> int:
     """A power of two that fills the chip, as long as each part still has a few tiles of keys to walk."""
-    room = chip.cores * shape.resident // programs
+    room = chip.cores * shape.per_core // programs
     useful = ceil(longest / (shape.keys * _LEAST_KEY_TILES))
     most = max(1, min(room, useful, _MOST_PARTS))
     return 1 << (most.bit_length() - 1)

@@ -22,17 +22,17 @@ class Chip:
 class TileShape:
     """queries: rows of the score matrix, query rows times heads of a group.  keys: its columns.
 
-    stages: depth of the software pipeline.  resident: programs that a multiprocessor holds at once.
+    stages: depth of the software pipeline.  per_core: programs a multiprocessor should be given, by splitting keys.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
-    resident: int
+    per_core: int
 
 
-_NARROW = {2: TileShape(16, 64, 4, 3, 4), 4: TileShape(16, 32, 4, 2, 2)}
+_NARROW = {2: TileShape(16, 64, 4, 3, 16), 4: TileShape(16, 32, 4, 2, 8)}
 _WIDE = {2: TileShape(128, 64, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)}
 _WIDE_ON = {
     "sm_86": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
@@ -53,15 +53,15 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def narrow_tile(chip: Chip, element_bytes: int, group: int) -> TileShape:
-    """For a handful of score rows, such as decode: the fewest that a matrix unit takes, at least `group`."""
+    """For one row of a sequence, such as decode: the fewest score rows that a matrix unit takes, at least `group`."""
     shape = _NARROW[element_bytes]
     queries = max(shape.queries, triton.next_power_of_2(group))
     stages = 1 if chip.arch.startswith("gfx") else shape.stages
-    return TileShape(queries, shape.keys, shape.warps, stages, shape.resident)
+    return TileShape(queries, shape.keys, shape.warps, stages, shape.per_core)
 
 
 def wide_tile(chip: Chip, element_bytes: int, group: int) -> TileShape:
-    """For many score rows: at least 64 of them, so that Hopper multiplies by warp group."""
+    """For many rows of a sequence: in 16 bit at least 64 score rows, so that Hopper multiplies by warp group."""
     shape = _WIDE_ON.get(chip.arch, _WIDE)[element_bytes]
     queries = max(shape.queries, triton.next_power_of_2(group))
-    return TileShape(queries, shape.keys, shape.warps, shape.stages, shape.resident)
+    return TileShape(queries, shape.keys, shape.warps, shape.stages, shape.per_core)

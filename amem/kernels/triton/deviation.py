@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amem.kernels.triton.rotation import heads_per_program
 
-_ROWS = 8
+_ROWS = 16
 
 
 def deviation(

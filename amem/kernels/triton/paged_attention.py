@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amem.kernels.triton.attention_plan import TileGroup, TilePlan
+from amem.kernels.triton.chip import chip_of, narrow_tile
 
 _LOG2_E = 1.4426950408889634
 
@@ -31,50 +32,48 @@ def paged_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: TilePlan)
 def _run(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan: TilePlan, group: TileGroup) -> None:
     heads, head_dim = q.shape[1:]
     kv_heads, parts, tiles = k_slots.shape[1], group.parts, len(group.tiles)
+    common = (q, k_slots, v_slots, out, plan.positions, plan.block_table, group.tiles, _LOG2_E / sqrt(head_dim))
+    strides = (q.stride(0), k_slots.stride(0), v_slots.stride(0), plan.block_table.stride(0))
+    sizes = {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "DIM": head_dim,
+        "DIM_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "PAGE": plan.page_size,
+    }
+    shape, alone = group.shape, group.rows_per_tile == 1
+    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    made = {"PARTS": parts, "ALONE": alone, "QUERIES": shape.queries, "KEYS": shape.keys}
+    part_out, part_weight, broken = _scratch(out, group, kv_heads)
+    scratch = (part_out, part_weight, broken, group.rows)
+    _attend[(tiles, kv_heads, parts)](*common, *strides, *scratch, **sizes, **made, **options)
+    if parts > 1:
+        join = {"HEADS": heads, "DIM": head_dim, "DIM_BLOCK": sizes["DIM_BLOCK"], "PARTS": parts}
+        _join[(tiles, group.rows_per_tile * heads)](part_out, part_weight, out, group.tiles, group.rows, **join)
+    if not alone:
+        _mend[(tiles, kv_heads)](*common, *strides, broken, **sizes, **_mending(plan, heads // kv_heads, parts))
+
+
+def _scratch(out: Tensor, group: TileGroup, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and weights of the parts, [parts, rows, heads(, head_dim)], and a word per program: something broke."""
     part_out, part_weight = out, out
-    if parts > 1:
-        part_out = torch.empty(parts, group.rows, heads, head_dim, dtype=torch.float32, device=q.device)
-        part_weight = torch.empty(parts, group.rows, heads, dtype=torch.float32, device=q.device)
-    _attend[(tiles, kv_heads, parts)](
-        q,
-        k_slots,
-        v_slots,
-        out,
-        part_out,
-        part_weight,
-        plan.positions,
-        plan.block_table,
-        group.tiles,
-        _LOG2_E / sqrt(head_dim),
-        group.rows,
-        q.stride(0),
-        k_slots.stride(0),
-        v_slots.stride(0),
-        plan.block_table.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=head_dim,
-        DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        PAGE=plan.page_size,
-        QUERIES=group.shape.queries,
-        KEYS=group.shape.keys,
-        PARTS=parts,
-        num_warps=group.shape.warps,
-        num_stages=group.shape.stages,
-    )
-    if parts > 1:
-        _join[(tiles, group.rows_per_tile * heads)](
-            part_out,
-            part_weight,
-            out,
-            group.tiles,
-            group.rows,
-            HEADS=heads,
-            DIM=head_dim,
-            DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-            PARTS=parts,
-            num_warps=4,
-        )
+    if group.parts > 1:
+        wide = (group.parts, group.rows, *out.shape[1:])
+        part_out = torch.empty(wide, dtype=torch.float32, device=out.device)
+        part_weight = torch.empty(wide[:-1], dtype=torch.float32, device=out.device)
+    broken = torch.empty(len(group.tiles), kv_heads, group.parts, dtype=torch.int32, device=out.device)
+    return part_out, part_weight, broken
+
+
+def _mending(plan: TilePlan, group: int, parts: int) -> dict[str, int]:
+    shape = narrow_tile(chip_of(plan.positions.device), plan.dtype.itemsize, group)
+    return {
+        "PARTS": parts,
+        "QUERIES": shape.queries,
+        "KEYS": shape.keys,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
 
 
 @triton.jit(do_not_specialize=["rows", "table_row"])
@@ -83,34 +82,35 @@ def _attend(
     k,
     v,
     out,
-    part_out,
-    part_weight,
     positions,
     tables,
     tiles,
     scale,
-    rows,
     q_row,
     k_slot,
     v_slot,
     table_row,
+    part_out,
+    part_weight,
+    broken,
+    rows,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALONE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    kv_head = tl.program_id(1)
+    kv_head, part = tl.program_id(1), tl.program_id(2)
     tile = tiles + tl.program_id(0) * 4
     table = tables + tl.load(tile).to(tl.int64) * table_row
     first, count = tl.load(tile + 1), tl.load(tile + 2)
-    lane = tl.arange(0, QUERIES)
+    lane, dim = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK)
     row, head = lane // GROUP, kv_head * GROUP + lane % GROUP
     live = row < count
-    dim = tl.arange(0, DIM_BLOCK)
     inside = live[:, None] & (dim < DIM)[None, :]
     place = (first + row).to(tl.int64) * q_row + head * DIM
     query = tl.load(q + place[:, None] + dim[None, :], mask=inside, other=0.0)
@@ -118,72 +118,59 @@ def _attend(
     start, stop = 0, tl.max(position, 0) + 1
     if PARTS > 1:
         span = tl.cdiv(tl.cdiv(stop, KEYS), PARTS) * KEYS
-        start = tl.program_id(2) * span
+        start = part * span
         stop = tl.minimum(start + span, stop)
-    k += kv_head * DIM
-    v += kv_head * DIM
-    where = (table, start, stop, k_slot, v_slot)
-    found, weight, peak = _walk(query, position, k, v, where, scale, DIM, DIM_BLOCK, PAGE, QUERIES, KEYS, False)
-    # a weight of zero does not silence a value that is not finite, so a tile that met one is walked with care
-    if tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1)) > 0:
-        found, weight, peak = _walk(query, position, k, v, where, scale, DIM, DIM_BLOCK, PAGE, QUERIES, KEYS, True)
+    cache = (k + kv_head * DIM, v + kv_head * DIM, k_slot, v_slot, table)
+    found, weight, peak = _walk(query, position, cache, start, stop, scale, DIM, DIM_BLOCK, PAGE, QUERIES, KEYS)
     weight = tl.where(weight == 0.0, 1.0, weight)
     found = found / weight[:, None]
     if PARTS == 1:
         place = (first + row).to(tl.int64) * (KV_HEADS * GROUP * DIM) + head * DIM
         tl.store(out + place[:, None] + dim[None, :], found.to(out.dtype.element_ty), mask=inside)
     else:
-        part_row = (tl.program_id(2).to(tl.int64) * rows + tl.load(tile + 3) + row) * (KV_HEADS * GROUP) + head
+        part_row = (part.to(tl.int64) * rows + tl.load(tile + 3) + row) * (KV_HEADS * GROUP) + head
         tl.store(part_out + part_row[:, None] * DIM + dim[None, :], found, mask=inside)
         tl.store(part_weight + part_row, peak + tl.log2(weight), mask=live)
+    if not ALONE:
+        bad = tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1))
+        tl.store(broken + (tl.program_id(0) * KV_HEADS + kv_head) * PARTS + part, bad)
 
 
 @triton.jit
 def _walk(
     query,
     position,
-    k,
-    v,
-    where,
+    cache,
+    start,
+    stop,
     scale,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    CAREFUL: tl.constexpr,
 ):
     """Keys start..stop: the weighted sum of values, the sum of weights, and the largest score (base 2)."""
-    table, start, stop, k_slot, v_slot = where
+    k, v, k_slot, v_slot, table = cache
     precision: tl.constexpr = "ieee" if query.dtype == tl.float32 else "tf32"
-    key = tl.arange(0, KEYS)
-    dim = tl.arange(0, DIM_BLOCK)
+    key, dim = tl.arange(0, KEYS), tl.arange(0, DIM_BLOCK)
     found = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     weight = tl.zeros([QUERIES], tl.float32)
     peak = tl.full([QUERIES], -float("inf"), tl.float32)
     for base in tl.range(start, stop, KEYS):
         at = base + key
-        here = at < stop
         slot = _slots(table, base, key, stop, PAGE, KEYS)
         keys = tl.load(k + (slot * k_slot)[None, :] + dim[:, None], mask=(dim < DIM)[:, None], other=0.0)
         score = tl.dot(query, keys, input_precision=precision) * scale
-        sees = at[None, :] <= position[:, None]
-        score = tl.where(sees, score, -float("inf"))
+        score = tl.where(at[None, :] <= position[:, None], score, -float("inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)
         fade = tl.exp2(peak - anchor)
         share = tl.exp2(score - anchor[:, None])
         weight = weight * fade + tl.sum(share, 1)
-        values_at = v + (slot * v_slot)[:, None] + dim[None, :]
-        values = tl.load(values_at, mask=here[:, None] & (dim < DIM)[None, :], other=0.0)
-        found = found * fade[:, None]
-        if CAREFUL:
-            sound = tl.abs(values.to(tl.float32)) < float("inf")
-            values = tl.where(sound, values, 0.0).to(query.dtype)
-            broken = tl.max(tl.where(sound, 0, 1), 1) > 0
-            meets = tl.max(tl.where(sees & broken[None, :], 1, 0), 1) > 0
-            found = tl.where(meets[:, None], float("nan"), found)
-        found = tl.dot(share.to(query.dtype), values, found, input_precision=precision)
+        here = (at < stop)[:, None] & (dim < DIM)[None, :]
+        values = tl.load(v + (slot * v_slot)[:, None] + dim[None, :], mask=here, other=0.0)
+        found = tl.dot(share.to(query.dtype), values, found * fade[:, None], input_precision=precision)
         peak = higher
     return found, weight, peak
 
@@ -223,3 +210,52 @@ def _join(
         joined = tl.sum(found * weight[:, None], 0).to(out.dtype.element_ty)
         target = out + ((tl.load(tile + 1) + row).to(tl.int64) * HEADS + head) * DIM
         tl.store(target + dim, joined, mask=dim < DIM)
+
+
+@triton.jit(do_not_specialize=["table_row"])
+def _mend(
+    q,
+    k,
+    v,
+    out,
+    positions,
+    tables,
+    tiles,
+    scale,
+    q_row,
+    k_slot,
+    v_slot,
+    table_row,
+    broken,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Does the rows of a tile again, each alone, where something in it is not finite.
+
+    In a shared tile a row gives weight zero to what it may not see, and zero times NaN is NaN.
+    """
+    kv_head = tl.program_id(1)
+    tile = tiles + tl.program_id(0) * 4
+    word = broken + (tl.program_id(0) * KV_HEADS + kv_head) * PARTS + tl.arange(0, PARTS)
+    count = tl.where(tl.max(tl.load(word), 0) > 0, tl.load(tile + 2), 0)
+    table = tables + tl.load(tile).to(tl.int64) * table_row
+    lane, dim = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK)
+    head = kv_head * GROUP + lane
+    inside = (lane < GROUP)[:, None] & (dim < DIM)[None, :]
+    cache = (k + kv_head * DIM, v + kv_head * DIM, k_slot, v_slot, table)
+    for step in range(count):
+        row = (tl.load(tile + 1) + step).to(tl.int64)
+        stop = tl.load(positions + row).to(tl.int32) + 1
+        place = row * q_row + head * DIM
+        query = tl.load(q + place[:, None] + dim[None, :], mask=inside, other=0.0)
+        position = tl.where(lane < GROUP, stop - 1, -1)
+        found, weight, _ = _walk(query, position, cache, 0, stop, scale, DIM, DIM_BLOCK, PAGE, QUERIES, KEYS)
+        found = found / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        place = row * (KV_HEADS * GROUP * DIM) + head * DIM
+        tl.store(out + place[:, None] + dim[None, :], found.to(out.dtype.element_ty), mask=inside)

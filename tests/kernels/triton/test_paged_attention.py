@@ -96,10 +96,11 @@ def test_keys_split_over_any_number_of_programs(
 
 
 def test_few_tiles_are_split_and_many_are_not(device: torch.device) -> None:
-    chip, shape = Chip("sm_90", 132), TileShape(16, 64, 4, 3, 4)
+    chip, shape = Chip("sm_90", 132), TileShape(16, 64, 4, 3, 16)
     assert attention_plan._parts(chip, shape, 8, 32768) == 64
-    assert attention_plan._parts(chip, shape, 16 * 8, 32768) == 4
-    assert attention_plan._parts(chip, shape, 64 * 8, 32768) == 1
+    assert attention_plan._parts(chip, shape, 16 * 8, 32768) == 16
+    assert attention_plan._parts(chip, shape, 64 * 8, 32768) == 4
+    assert attention_plan._parts(chip, shape, 300 * 8, 32768) == 1
     assert attention_plan._parts(chip, shape, 1, 200) == 1
     assert attention_plan._parts(chip, shape, 5000, 1 << 20) == 1
 
