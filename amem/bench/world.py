@@ -41,7 +41,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Level:
-    """How hard an example is. Pairs are inclusive ranges."""
+    """How hard an example is. Pairs are inclusive ranges.
+
+    `reverse`: share of questions that ask for the name behind a value; `complete`: share that are a statement to
+    complete ("Alice lives in"). Both serve training alone.
+    """
 
     pieces: int = 2
     people: tuple[int, int] = (2, 6)
@@ -52,6 +56,7 @@ class Level:
     mixed: int = 2
     turns: int = 2
     reverse: float = 0.0
+    complete: float = 0.0
     variants: bool = True
     system: float = 0.1
 
@@ -145,6 +150,8 @@ class _Scene:
         a = vocab.ATTRIBUTES[fact.attribute]
         if reverse:
             return self.pick(a.reverse).format(v=fact.value), fact.name
+        if self.rng.random() < self.level.complete:
+            return f"{fact.subject} {a.third[0].removesuffix(' {v}')}", fact.value
         return self.pick(a.questions).format(n=fact.subject), fact.value
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from amem.bench.world import CROSS_CHUNK_TASKS, GATE, TASKS, Level
 
 LADDER = (
-    Level(1, (1, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.4, False, 0.0),
-    Level(2, (2, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.4, False, 0.0),
-    Level(2, (2, 5), (1, 4), 2, 0.3, (0, 1), 0, 7, 0.3, True, 0.05),
-    replace(GATE, turns=8, reverse=0.2),
-    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, reverse=0.1),
+    Level(1, (2, 4), (1, 2), 1, 0.3, (0, 0), 0, 6, 0.2, 0.5, False, 0.0),
+    Level(2, (2, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.2, 0.3, False, 0.0),
+    Level(2, (2, 5), (1, 4), 2, 0.3, (0, 1), 0, 7, 0.2, 0.1, True, 0.05),
+    replace(GATE, turns=8, reverse=0.1, complete=0.05),
+    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, reverse=0.05),
 )
 PASS = 0.9
 

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-
 LOGIT_SCALE = 0.2
+SLOW_PAIR = 12
+SPECIAL_TOKENS = 6
+LOW = 9
+SHARP = (6.0, 6.0, 4.0, 3.0, 2.0, 2.0)
+BROAD = (0.0, 1.0, 3.0, 4.0, 3.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,11 @@ class Shape:
     vocabulary: int = 1792
     hidden: int = 192
     layers: int = 12
-    heads: int = 6
+    heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 64
     mlp: int = 256
-    rope_theta: float = 10000.0
+    rope_theta: float = 1e6
     eps: float = 1e-5
     context: int = 4096
 
@@ -103,31 +107,62 @@ class Llama(nn.Module):
 
 
 @torch.no_grad()
-def shape_for_recall(model: Llama, shifted_layers: int = 2) -> None:
-    """Start the heads near what recall needs (in the spirit of mimetic initialisation, Trockman & Kolter 2023).
+def look_back(block: Block, head: int, center: float, gains: tuple[float, ...]) -> None:
+    """Make a head's scores a bump around `center` tokens back: sum of gains[i] * cos(f_i * (distance - center))."""
+    s = block.shape
+    half, start, kv = s.head_dim // 2, head * s.head_dim, head // (s.heads // s.kv_heads) * s.head_dim
+    block.q[start : start + s.head_dim] *= 0.1
+    block.k[kv : kv + s.head_dim] *= 0.1
+    for i, gain in enumerate(gains):
+        angle = torch.tensor(s.rope_theta ** (-i / half) * center)
+        block.k[kv + i, 0] = 1.0
+        block.q[start + i, 0] = gain * torch.cos(angle)
+        block.q[start + half + i, 0] = -gain * torch.sin(angle)
 
-    Queries start equal to keys and outputs to transposed values, so a head looks up similar tokens and copies what
-    they hold. In the first layers the heads of the first key head look 1, 2 and 3 tokens back: a constant
-    coordinate of the embedding is rotated by RoPE, so their scores depend on distance alone.
+
+@torch.no_grad()
+def shape_for_recall(model: Llama, noise: float = 0.3, match: float = 5.0, copy: float = 2.0) -> None:
+    """Start near a look-up by several keys, instead of waiting for the phase changes that would find it.
+
+    Tokens live in the first half of the residual stream (coordinate 0 is constant). Heads of the first two layers
+    look a fixed distance back and write the previous tokens into the second half: each position then carries a bag
+    of the words before it. Heads of layers 3 to 8 compare bags, through the slow half of the rotary pairs that
+    barely turn within a context, and copy the token found. In the spirit of mimetic initialisation (Trockman &
+    Kolter 2023); everything stays trainable.
     """
     s = model.shape
-    group, d = s.heads // s.kv_heads, s.head_dim
+    half, d, group = s.hidden // 2, s.head_dim, s.heads // s.kv_heads
+    part = half // s.kv_heads
     model.embed[:, 0] = 1.0
+    model.embed[:, half:] *= 0.1
+    model.embed[:SPECIAL_TOKENS, 1:] = 0.0
+    model.embed[:SPECIAL_TOKENS, 1:LOW] = torch.randn(SPECIAL_TOKENS, LOW - 1) * 0.5 * (half / LOW) ** 0.5
+    slow = [i for i in range(d) if i % (d // 2) >= SLOW_PAIR]
+    kernels = (((1.0, SHARP), (2.0, SHARP)), ((3.0, SHARP), (5.5, BROAD)))
     for i, block in enumerate(model.blocks):
-        for h in range(s.heads):
-            source = slice(h // group * d, (h // group + 1) * d)
-            own = slice(h * d, (h + 1) * d)
-            block.q[own] = 0.3 * block.q[own] + block.k[source]
-            block.o[:, own] = 0.3 * block.o[:, own] + 0.5 * block.v[source].T
-        if i < shifted_layers:
-            pairs = 6
-            block.k[:d] *= 0.1
-            block.k[:pairs, 0] = 2.0
-            angles = s.rope_theta ** (-torch.arange(pairs) / (d // 2))
-            for h in range(group):
-                block.q[h * d : (h + 1) * d] *= 0.1
-                block.q[h * d : h * d + pairs, 0] = 2.0 * torch.cos(angles * (h + 1))
-                block.q[h * d + d // 2 : h * d + d // 2 + pairs, 0] = -2.0 * torch.sin(angles * (h + 1))
+        for p in (block.q, block.k, block.v, block.o, block.gate, block.up, block.down):
+            p *= noise
+        for g in range(s.kv_heads if i < 2 or 3 <= i <= 8 else 0):
+            tokens = slice(g * part, (g + 1) * part)
+            bag = slice(half + g * part, half + (g + 1) * part)
+            rows = torch.arange(g * d, g * d + part)
+            block.v[rows, torch.arange(tokens.start, tokens.stop)] += 1.0
+            block.v[g * d : (g + 1) * d, : LOW if i < 2 else 1] = 0.0
+            for h in range(g * group, (g + 1) * group):
+                columns = torch.arange(h * d, h * d + part)
+                if i < 2:
+                    center, gains = kernels[i][h - g * group]
+                    look_back(block, h, center, tuple(gain * (1 + i) for gain in gains))
+                    block.o[torch.arange(bag.start, bag.stop), columns] += 0.7
+                    continue
+                block.o[torch.arange(tokens.start, tokens.stop), columns] += copy / group
+                mix = torch.randn(len(slow), half) * (match / half**0.5)
+                if h == g * group:
+                    block.k[[g * d + j for j in slow], half:] += mix
+                    keep = mix
+                block.q[[h * d + j for j in slow], half:] += keep
+                keep_own = torch.cat((torch.zeros_like(keep[:, :LOW]), 0.7 * keep[:, LOW:]), 1)
+                block.q[[h * d + j for j in slow], :half] += keep_own
 
 
 def export(model: Llama, directory: Path) -> None:

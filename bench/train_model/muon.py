@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -17,6 +18,16 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
     return (x.mT if tall else x).float()
+
+
+def shared_orthogonalise(g: Tensor) -> Tensor:
+    """The same, each worker taking its part of the batch where several train together."""
+    if not dist.is_initialized() or g.shape[0] % dist.get_world_size():
+        return orthogonalise(g)
+    mine = orthogonalise(g.chunk(dist.get_world_size())[dist.get_rank()]).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,7 +49,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(grads)
                 buffer = state["momentum"]
                 buffer.lerp_(grads, 1 - group["momentum"])
-                update = orthogonalise(grads.lerp(buffer, group["momentum"]))
+                update = shared_orthogonalise(grads.lerp(buffer, group["momentum"]))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, u in zip(params, update, strict=True):
                     p.mul_(1 - group["lr"] * group["decay"]).add_(u, alpha=-scale)

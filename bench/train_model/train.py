@@ -1,20 +1,24 @@
-"""Train the bundled model on CPU: python -m bench.train_model.train --run DIR [--decay-tokens N]. Resumable."""
+"""Train the bundled model on CPU: python -m bench.train_model.train --run DIR. Resumable; see README.md here.
+
+A control.json in the run's directory changes the mixture and the rates while it runs, and asks for a checkpoint to
+ship: {"decay_tokens": N, "name": "first"} decays the rates to zero over N tokens, exports, and goes on from before.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from amem.bench.world import examples
 from bench.train_model.curriculum import LADDER, Curriculum
-from bench.train_model.data import BUCKETS, Batch, Row, batches, collate
+from bench.train_model.data import BUCKETS, Batch, Mix, Row, batches, collate
 from bench.train_model.make_tokenizer import DEMO
 from bench.train_model.model import Block, Llama, Shape, export, shape_for_recall
 from bench.train_model.muon import Muon
@@ -37,6 +41,8 @@ class Trainer:
         self.curriculum = Curriculum()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.last_eval = 0
+        self.mix = Mix()
+        self.decay_start, self.decay_tokens, self.shipped = -1, 0, ""
         self.file = args.run / "state.pt"
         source = self.file if self.file.exists() else args.start
         if source:
@@ -47,7 +53,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        for name in ("curriculum", "step", "tokens", "seconds"):
+        levels = state["curriculum"]
+        self.curriculum.levels, self.curriculum.accuracy = levels.levels, levels.accuracy
+        for name in ("step", "tokens", "seconds"):
             setattr(self, name, state[name])
         self.last_eval = self.tokens
 
@@ -66,27 +74,48 @@ class Trainer:
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         loss = (losses * batch.weights).sum() / batch.weights.sum()
         loss.backward()
+        self.average_gradients()
         torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
         for optimizer in (self.muon, self.adam):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return float(loss)
 
-    def rate(self, start: int) -> float:
-        """Warm-up, then constant; linear to zero over the last decay_tokens when asked to decay."""
+    def average_gradients(self) -> None:
+        """Mean over the workers, in one flat all-reduce."""
+        if self.args.world == 1:
+            return
+        grads = [p.grad for p in self.model.parameters()]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.args.world
+        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sum of each value over the workers."""
+        if self.args.world == 1:
+            return values
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def rate(self) -> float:
+        """Warm-up, then constant; linear to zero in a decay."""
         warm = min(1.0, (self.step + 1) / 150)
-        if not self.args.decay_tokens:
+        if self.decay_start < 0:
             return warm
-        return warm * max(0.0, 1 - (self.tokens - start) / self.args.decay_tokens)
+        return warm * max(0.0, 1 - (self.tokens - self.decay_start) / self.decay_tokens)
 
     @torch.no_grad()
-    def evaluate(self, n: int = 48) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Share of held-out first askings answered exactly, per active task at its level."""
-        out = {}
+        out, n = {}, 48 // self.args.world
+        seed = 10_000 + self.step * self.args.world + self.args.rank
         for task in self.curriculum.active():
-            level = replace(LADDER[self.curriculum.levels[task]], turns=1, reverse=0.0)
+            level = replace(LADDER[self.curriculum.levels[task]], turns=1, reverse=0.0, complete=0.0)
             split = "heldout" if level.pieces > 1 else "train"
-            prompts = [self.encoder.prompt(e) for e in examples(task, split, 10_000 + self.step, n, level)]
+            prompts = [self.encoder.prompt(e) for e in examples(task, split, seed, n, level)]
             rows = []
             for p in prompts:
                 start, end = p.answers[0]
@@ -101,8 +130,8 @@ class Trainer:
                     best = self.model.logits(hidden).argmax(-1)
                 wrong = {int(r) for r in (batch.picks // batch.ids.shape[1])[best != batch.targets]}
                 right += len(part) - len(wrong)
-            out[task] = right / n
-        return out
+            out[task] = right / n / self.args.world
+        return dict(zip(out, self.total(list(out.values())), strict=True))
 
     def report(self, loss: float, speed: float) -> None:
         accuracy = self.evaluate()
@@ -115,40 +144,68 @@ class Trainer:
             "levels": {t: self.curriculum.levels[t] for t in accuracy},
             "accuracy": {t: round(a, 3) for t, a in accuracy.items()},
         }
-        print(json.dumps(line), flush=True)
-        with (self.args.run / "log.jsonl").open("a") as f:
-            f.write(json.dumps(line) + "\n")
-        if not self.args.decay_tokens:
+        if self.decay_start < 0:
             self.curriculum.update(accuracy)
-        self.save()
+        if self.args.rank == 0:
+            print(json.dumps(line), flush=True)
+            with (self.args.run / "log.jsonl").open("a") as f:
+                f.write(json.dumps(line) + "\n")
+            if self.decay_start < 0:
+                self.save()
+
+    def control(self) -> None:
+        """Take over what control.json in the run's directory says: shares of the mixture, rates, a decay to ship."""
+        self.mix.copies = 0.3 if self.tokens < self.args.copy_tokens else 0.02
+        self.mix.records = 0.1 if self.tokens < self.args.record_tokens else 0.02
+        file = self.args.run / "control.json"
+        said = [json.loads(file.read_text()) if file.exists() else {}]
+        if self.args.world > 1:
+            dist.broadcast_object_list(said, 0)
+        for name, value in said[0].items():
+            if name in ("copies", "records"):
+                setattr(self.mix, name, value)
+            elif name in ("lr", "adam_lr", "stop"):
+                setattr(self.args, name, value)
+        ship = int(said[0].get("decay_tokens", 0))
+        if ship and self.decay_start < 0 and str(said[0]["name"]) != self.shipped:
+            self.shipped = str(said[0]["name"])
+            self.decay_start, self.decay_tokens = self.tokens, ship
+
+    def ship(self) -> None:
+        """End a decay: export the model, then go on from the weights before the decay."""
+        accuracy = self.evaluate()
+        if self.args.rank == 0:
+            target = self.args.run / f"export-{self.shipped}"
+            target.mkdir(exist_ok=True)
+            export(self.model, target)
+            print(json.dumps({"exported": self.shipped, "tokens": self.tokens, "accuracy": accuracy}), flush=True)
+        self.decay_start = -1
+        self.load(self.file)
 
     def run(self) -> None:
         a = self.args
-        start = self.tokens
-        source: Iterator[Batch] | None = None
+        self.control()
+        seed = f"{a.seed}/{self.step}/{a.rank}"
+        source = batches(self.curriculum, self.encoder, self.model.shape.vocabulary - 14, seed, a.batch, self.mix)
         clock, since, losses = time.time(), 0, []
-        while self.tokens < a.stop and not (a.decay_tokens and self.tokens - start >= a.decay_tokens):
-            if source is None:
-                copies = 0.33 if self.tokens < a.copy_tokens else 0.02
-                seed = f"{a.seed}/{self.step}"
-                vocabulary = self.model.shape.vocabulary - 14
-                source = batches(self.curriculum, self.encoder, vocabulary, seed, a.batch, copies)
-            rate = self.rate(start)
+        while self.tokens < a.stop:
+            rate = self.rate()
             for optimizer, lr in ((self.muon, a.lr), (self.adam, a.adam_lr)):
                 optimizer.param_groups[0]["lr"] = lr * rate
             batch = next(source)
             losses.append(self.train_batch(batch))
             self.step += 1
-            self.tokens += batch.tokens
-            since += batch.tokens
+            tokens = int(self.total([batch.tokens])[0])
+            self.tokens += tokens
+            since += tokens
+            if self.decay_start >= 0 and self.tokens - self.decay_start >= self.decay_tokens:
+                self.ship()
             if self.tokens - self.last_eval >= a.every:
                 spent = time.time() - clock
                 self.seconds += spent
                 self.report(sum(losses) / len(losses), since / spent)
-                clock, since, losses, self.last_eval, source = time.time(), 0, [], self.tokens, None
-        self.report(sum(losses) / max(len(losses), 1), 0.0)
-        if a.decay_tokens:
-            export(self.model, a.run)
+                self.control()
+                clock, since, losses, self.last_eval = time.time(), 0, [], self.tokens
 
 
 def main() -> None:
@@ -163,13 +220,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--every", type=int, default=400_000)
     parser.add_argument("--copy-tokens", type=int, default=1_200_000)
+    parser.add_argument("--record-tokens", type=int, default=4_000_000)
     parser.add_argument("--stop", type=int, default=200_000_000)
-    parser.add_argument("--decay-tokens", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=0, help="this worker's number, of --world")
+    parser.add_argument("--world", type=int, default=1, help="workers that train together, started by hand")
+    parser.add_argument("--rendezvous", type=Path, help="a new file through which the workers find each other")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 4 * len(BUCKETS)
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "arguments.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=2))
+    if args.world > 1:
+        store = f"file://{args.rendezvous}"
+        dist.init_process_group("gloo", init_method=store, rank=args.rank, world_size=args.world)
     trainer = Trainer(args)
     print(json.dumps(asdict(trainer.model.shape)), sum(p.numel() for p in trainer.model.parameters()), flush=True)
     trainer.run()
