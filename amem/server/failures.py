@@ -59,9 +59,7 @@ def _memory(error: MemoryFault) -> ApiError:
         message = "Memories cannot be stored durably now, nothing was changed. The server's log says why; try again."
         return ApiError(503, "memory_unavailable", message, retry_after_s=5)
     if isinstance(error, Damaged):
-        message = (
-            "The database of this user fails its checks. The server's log names the file; restore it from a backup."
-        )
+        message = "The database of this user fails its checks; restore the file that the server's log names."
         return ApiError(500, "memory_damaged", message)
     return ApiError(500, "memory_error", "The memory layer failed. The server's log says why.")
 

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
+import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from amem.server.config import Limits, ServerConfig
 
 T = TypeVar("T")
 
+IDLE_S = 30.0
 BUSY = ("requests_running", "requests_waiting", "writes_waiting", "store_pending")
 MODEL = Path(__file__).resolve().parents[2] / "amem" / "models" / "demo"
 JSON = {"Content-Type": "application/json"}
@@ -39,7 +41,7 @@ class Answer:
 
 
 class Client:
-    """One keep-alive connection per thread; a connection that the server closed is opened again."""
+    """One keep-alive connection per thread, given up before the server would close it for idleness."""
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         self.url = url
@@ -56,6 +58,8 @@ class Client:
         params: Mapping[str, Any] | None = None,
     ) -> Answer:
         target = path + ("?" + urlencode(params, doseq=True) if params else "")
+        if time.monotonic() - getattr(self._local, "used", 0.0) > IDLE_S:
+            self.close()
         connection = self._connection()
         try:
             connection.request(method, target, content, self._headers | dict(headers or {}))
@@ -64,6 +68,7 @@ class Client:
         except (OSError, http.client.HTTPException):
             self.close()
             raise
+        self._local.used = time.monotonic()
         if found.will_close:
             self.close()
         return Answer(found.status, found.headers, body)

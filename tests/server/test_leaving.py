@@ -134,10 +134,13 @@ def test_a_body_that_never_ends_is_cut_off(start: Callable[..., ServerThread]) -
 
 
 def test_more_requests_than_allowed_are_told_to_wait(start: Callable[..., ServerThread]) -> None:
-    server = start(limits=Limits(active=2, shutdown_s=5.0))
+    server = start(limits=Limits(active=2, shutdown_s=5.0, keep_alive_comment_s=0.002))
     held = [open_request(server, endless("alice", stream=True)) for _ in range(2)]
     for raw in held:
-        assert b"200 OK" in raw.recv(4096)
+        received = b""
+        while b": keep-alive\n\n" not in received or b"data: {" not in received:
+            received += raw.recv(4096)
+        assert b"200 OK" in received
     body = {"model": "amem", "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 1}
     refused = server.post("/v1/chat/completions", body)
     assert refused.status == 429

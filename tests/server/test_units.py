@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from amem.server.failures import failures
 from amem.server.fates import AMEM_FIELDS, ASKS_NOTHING, OPENAI_FIELDS, OTHER_FIELDS, Fate, refuse_unsupported
 from amem.server.gates import Gate, Gates
 from amem.server.idempotency import Once, Replays
+from amem.server.stream import with_pauses
 from amem.server.strict_json import MAX_DEPTH, parse
 from amem.text import Message
 
@@ -286,3 +288,42 @@ def test_an_unforeseen_failure_tells_nothing(caplog: pytest.LogCaptureFixture) -
     assert "in broken" in caplog.text
     for told in (text, caplog.text):
         assert "zorblax" not in told
+
+
+def test_pauses_of_a_source_are_told_and_leaving_closes_it() -> None:
+    closed: list[str] = []
+
+    async def source(name: str) -> AsyncGenerator[int, None]:
+        try:
+            for n in range(3):
+                await asyncio.sleep(0.03 if n == 1 else 0)
+                yield n
+            if name == "failing":
+                raise ValueError(name)
+            await asyncio.sleep(0.03 if name == "whole" else 60)
+        finally:
+            closed.append(name)
+
+    async def scenario() -> None:
+        whole = [item async for item in with_pauses(source("whole"), 0.01)]
+        assert [item for item in whole if item is not None] == [0, 1, 2]
+        assert whole.index(1) - whole.index(0) > 1
+        assert whole[-1] is None
+        with pytest.raises(ValueError, match="failing"):
+            [item async for item in with_pauses(source("failing"), 1)]
+
+        async def read(name: str) -> None:
+            async for _ in with_pauses(source(name), 0.01):
+                pass
+
+        reader = asyncio.ensure_future(read("cancelled"))
+        await asyncio.sleep(0.1)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        for _ in range(100):
+            if "cancelled" in closed:
+                break
+            await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    assert closed == ["whole", "failing", "cancelled"]
