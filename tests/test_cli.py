@@ -42,7 +42,7 @@ def amem(*arguments: str, text: str | None = None, **environment: str) -> Done:
         [sys.executable, "-m", "amem", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         env=kept | environment,
         **given,
@@ -67,14 +67,18 @@ def test_help_lists_every_verb_and_no_other() -> None:
         assert "--json" in said.output
 
 
-def test_version_is_quick() -> None:
+def processor_seconds(*arguments: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert amem("version").out == f"amem {__version__}\n"
+    assert amem(*arguments).status == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_version_is_quick() -> None:
+    assert amem("version").out == f"amem {__version__}\n"
     assert amem("version", "--json").json["amem"] == __version__
-    # processor time, which does not depend on who else uses the machine; warm, it is what the clock shows
-    assert spent < 0.45
+    # processor time: on an idle machine what the clock shows, on a busy one nearly the same
+    assert min(processor_seconds("version") for _ in range(4)) < 0.3
 
 
 def test_remember_recall_list_forget(at: Callable[..., Done]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 def demo(*arguments: str, directory: Path) -> str:
     environment = os.environ | {"TMPDIR": str(directory), "AMEM_DATA_DIR": "/does/not/exist", "AMEM_API_KEY": "other"}
     command = [sys.executable, "-m", "amem", "demo", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
