@@ -285,7 +285,7 @@ def test_bad_texts_are_refused(service: MemoryService, bad: str) -> None:
     "bad", [{"x": float("nan")}, {"x": object()}, {1: "x"}, ["x"], "x", {"x": "\ud800"}, {"x": "y" * 20_000}]
 )
 def test_bad_metadata_is_refused(service: MemoryService, bad: object) -> None:
-    item = dataclasses.replace(NewMemory("x"), metadata=bad)  # type: ignore[arg-type]
+    item = dataclasses.replace(NewMemory("x"), metadata=bad)
     with pytest.raises(InvalidInput, match="metadata"):
         service.add("u", [item])
 
@@ -293,10 +293,10 @@ def test_bad_metadata_is_refused(service: MemoryService, bad: object) -> None:
 @pytest.mark.parametrize("wrong", [None, 7, b"bytes", ["x"]])
 def test_wrong_types_are_refused(service: MemoryService, wrong: object) -> None:
     for refused in (
-        lambda: service.add(wrong, [NewMemory("x")]),  # type: ignore[arg-type]
-        lambda: service.add("u", [NewMemory(wrong)]),  # type: ignore[arg-type]
-        lambda: service.recall("u", wrong),  # type: ignore[arg-type]
-        lambda: service.list("u", limit=[wrong]),  # type: ignore[arg-type]
+        lambda: service.add(wrong, [NewMemory("x")]),
+        lambda: service.add("u", [NewMemory(wrong)]),
+        lambda: service.recall("u", wrong),
+        lambda: service.list("u", limit=[wrong]),
     ):
         with pytest.raises(InvalidInput):
             refused()

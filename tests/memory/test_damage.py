@@ -7,6 +7,8 @@ import random
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,6 +254,34 @@ def test_a_failing_operation_undoes_itself_and_nothing_else(tmp_path: Path) -> N
         database.write(good)
 
 
+def test_writes_that_wait_together_share_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(tmp_path / "x.db", KEY, create=True)
+    database.write(lambda t: t.execute("CREATE TABLE a(x)"))
+    groups: list[int] = []
+    run = Database._run_group
+
+    def counted(self: Database, jobs: list[database_module._Job[object]]) -> None:
+        groups.append(len(jobs))
+        run(self, jobs)
+
+    monkeypatch.setattr(Database, "_run_group", counted)
+
+    def insert(value: int) -> None:
+        database.write(lambda t: t.execute("INSERT INTO a VALUES (?)", (value,)))
+
+    threads = [threading.Thread(target=insert, args=(k,)) for k in range(12)]
+    with database._lock:
+        for thread in threads:
+            thread.start()
+        while len(database._queue) < 12:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert groups == [12]
+    assert sorted(database.read(lambda t: t.execute("SELECT x FROM a"))) == [(k,) for k in range(12)]
+    database.close()
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -280,7 +310,6 @@ import os; os._exit(0)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_write_that_fails_is_not_acknowledged_and_the_next_works(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))

@@ -232,5 +232,5 @@ def test_the_oldest_sessions_make_room(open_service: MakeService) -> None:
 @pytest.mark.parametrize("budget", [0, -1, 1 << 40, True, 1.5, None])
 def test_bad_budgets_are_refused(service: MemoryService, budget: object) -> None:
     with pytest.raises(InvalidInput, match="budget_tokens"):
-        service.start_session("u", budget)  # type: ignore[arg-type]
+        service.start_session("u", budget)
     assert service.users() == []
