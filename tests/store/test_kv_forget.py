@@ -239,6 +239,30 @@ def test_a_copy_that_could_not_be_taken_back_is_erased_with_what_it_holds(
     store.close()
 
 
+@pytest.mark.parametrize("memories", [("m1",), None])
+def test_it_does_not_return_before_the_names_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memories: tuple[str, ...] | None
+) -> None:
+    store = open_store(tmp_path, fsync=False)
+    put(store, ALICE, spec(1))
+    store.flush()
+
+    def refuse(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(StoreError, match="could not be erased"):
+            store.forget(ALICE, memories)
+    assert tier_of(store, ALICE, spec(1)) is None
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    store.forget(ALICE, memories)
+    assert synced, "an earlier failure does not count as done"
+    assert kv_files(tmp_path) == []
+    store.close()
+
+
 def test_without_room_for_a_copy_the_neighbours_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path, linger_s=0.3)
     put(store, ALICE, spec(1), spec(2))

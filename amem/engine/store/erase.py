@@ -58,16 +58,16 @@ def _erase_disk(shelf: Shelf, tenant: Tenant, memories: tuple[str, ...] | None, 
     disk = shelf.disk
     if disk is None:
         return 0
-    home = disk.home / tenant.id.hex()
     try:
         disk.clear_partial()
         erased = sum(_leave_out(shelf, disk, *group) for group in _by_file(shelf, disk, victims))
         if shelf.foreign is not None:
             erased += shelf.foreign.forget(tenant.id, None if memories is None else frozenset(memories))
         if memories is None:
-            _remove_directory(home)
-        elif erased and home.exists():
-            files.sync_dir(home)
+            _remove_directory(disk.home / tenant.id.hex())
+        # Even when nothing was left to remove: the sync of an earlier call may have failed.
+        for directory in (disk.home, *disk.root.glob(f"*/{tenant.id.hex()}")):
+            files.sync_dir(directory)
     except OSError as error:
         raise StoreError(
             f"KV could not be erased from disk: {error}; it is no longer served; call forget again"
@@ -101,10 +101,7 @@ def _leave_out(shelf: Shelf, disk: DiskTier, segment: Segment, keys: frozenset[b
 
 
 def _remove_directory(directory: Path) -> None:
-    try:
+    if directory.exists():
         for path in list(directory.iterdir()):
             path.unlink()
         directory.rmdir()
-    except FileNotFoundError:
-        return
-    files.sync_dir(directory.parent)

@@ -131,13 +131,13 @@ class ForeignFiles:
         return True
 
     def forget(self, tenant: bytes, memories: frozenset[str] | None) -> int:
-        """Remove every file of the tenant that may hold one of the memories; returns the bytes. Raises OSError."""
+        """Remove every file of the tenant that may hold one of the memories; returns the bytes. Raises OSError.
+
+        Names are not synced here.
+        """
         mine = [path for path in self._sizes if path.parent.name == tenant.hex()]
         gone = [path for path in mine if memories is None or not memories.isdisjoint(_ids_in(path, memories))]
-        freed = sum(self._remove(path) for path in gone)
-        for directory in {path.parent for path in gone}:
-            files.sync_dir(directory)
-        return freed
+        return sum(self._remove(path) for path in gone)
 
     def _remove(self, path: Path) -> int:
         files.unlink(path)
