@@ -14,6 +14,7 @@ from amem.engine.types import ChunkSpec, EngineError, ForgetReceipt, Tenant
 from amem.memory.errors import MemoryFault
 from amem.memory.plan import Planner
 from amem.memory.service import MemoryService
+from amem.memory.types import State
 from amem.server.erasures import ErasureJournal, PendingErasure
 from amem.server.gates import Gates
 from amem.server.threads import Threads
@@ -96,9 +97,9 @@ class KvKeeper:
         self.compute(user, behind)
         return result, receipt
 
-    async def erase_superseded(self, user: str, ids: tuple[str, ...]) -> ForgetReceipt | None:
-        """Erases the KV of memories that just lost their place; the caller holds the user's gate."""
-        tenant = await self._threads.run(self._memory.tenant, user)
+    async def erase_inside(self, user: str, ids: tuple[str, ...]) -> ForgetReceipt | None:
+        """Erases the KV of memories whose text has just gone; the caller holds the user's gate."""
+        tenant = await self._threads.run(self._memory.tenant, user) if ids else None
         if tenant is None:
             return ForgetReceipt()
         receipt = await self._erase_now(tenant, ids)
@@ -179,6 +180,8 @@ class KvKeeper:
         for id in ids:
             with suppress(MemoryFault):
                 memory = self._memory.get(user, id)
+                if memory.state is not State.LIVE:
+                    continue
                 before = self._memory.predecessors(user, id, self._planner.config.window)
                 specs += self._planner.chunk_specs(memory, before)
         return tuple(specs)

@@ -60,7 +60,7 @@ async def store(services: Services, user: str, wanted: RememberRequest, key: str
         async with services.kv.gates.of(user).erasing():
             added = await _add(services, user, wanted, key)
             superseded = tuple(id for one in added for id in one.superseded)
-            receipt = await services.kv.erase_superseded(user, superseded) if superseded else ForgetReceipt()
+            receipt = await services.kv.erase_inside(user, superseded)
     else:
         added, receipt = await _add(services, user, wanted, key), ForgetReceipt()
     new = [one.id for one in added if one.outcome != "seen"]
@@ -142,7 +142,9 @@ async def forget(request: web.Request) -> web.Response:
     async def change() -> Forgotten:
         if ids is None:
             return await services.threads.run(services.memory.forget_user, user)
-        return await services.threads.run(services.memory.forget, user, ids)
+        gone = await services.threads.run(services.memory.forget, user, ids)
+        await services.kv.erase_inside(user, tuple(id for id in gone.ids if id not in ids))  # earlier versions
+        return gone
 
     async def effect() -> Json:
         for id in ids or ():

@@ -57,6 +57,17 @@ def test_superseding_erases_the_kv_of_the_older_one(server: ServerThread, user: 
     assert [memory["id"] for memory in report["memories"]] == answer["added"]
 
 
+def test_a_memory_superseded_before_its_kv_was_computed_gets_none(server: ServerThread, user: str) -> None:
+    before = server.settled()["store_chunks"]
+    for town in ("Oslo", "Rome", "Bath", "Cork", "Lyon"):
+        server.remember(user, {"text": f"Alice lives in {town}.", "key": "home"})
+    assert server.settled()["store_chunks"] == before + 1
+    [memory] = server.get(f"/v1/memories/{user}").json()["memories"]
+    gone = server.delete(f"/v1/memories/{user}/{memory['id']}").json()
+    assert len(gone["forgotten"]) == 5  # the earlier versions too
+    assert server.settled()["store_chunks"] == before
+
+
 def test_an_answer_that_reads_a_forgotten_memory_ends(server: ServerThread, user: str) -> None:
     [id] = server.remember(user, "Alice lives in Seattle.")
     found: list[Any] = []

@@ -59,10 +59,7 @@ def test_a_client_that_leaves_frees_its_pages(server: ServerThread, user: str, s
     else:
         time.sleep(0.3)
     leave(raw, abruptly)
-    begun = time.monotonic()
-    after = books(server)
-    assert after == before
-    assert time.monotonic() - begun < 10
+    assert books(server) == before
     assert server.settled()["completion_tokens"] - completed < 2000
 
 
