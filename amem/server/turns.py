@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from amem.engine.types import Tenant
+from amem.engine.types import TENANT_ID_BYTES, TENANT_SECRET_BYTES, Tenant
 from amem.memory.errors import NotFound
 from amem.memory.plan import PlacedBatch, PlacedMemory, Planner, PromptPlan
 from amem.memory.service import MemoryService
@@ -46,30 +48,36 @@ class TurnPlanner:
         self._planner = planner
         self._defaults = defaults
         self._openings = Openings()
+        self._secret = secrets.token_bytes(TENANT_SECRET_BYTES)
 
     def plan(self, chat: ChatRequest, user: str | None, max_context: int) -> Turn:
         """Raises ApiError 400 for a prompt that does not fit or that the template refuses, NotFound for a session."""
         if user is None:
-            return self._without_memory(chat, max_context)
+            return self._without_memory(chat, None, max_context)
         tenant = self._memory.tenant(user)
         if tenant is None:
             if chat.amem.session is not None:
                 raise NotFound(f"the user has no session {chat.amem.session!r}; start one first", "session")
-            return self._without_memory(chat, max_context)
+            return self._without_memory(chat, self._passing(user), max_context)
         thread = thread_of(tenant, chat.messages)
         if thread is None:
-            return self._without_memory(chat, max_context)
+            return self._without_memory(chat, tenant, max_context)
         session = self._session(chat, user, thread, max_context)
         recalled = self._recall(chat, user, max_context)
         session = self._admit(user, session, recalled, thread)
         placed = self._placed(user, session, recalled, thread, implicit=chat.amem.session is None)
         return self._fitted(chat, tenant, session, placed, recalled, max_context)
 
-    def _without_memory(self, chat: ChatRequest, max_context: int) -> Turn:
+    def _passing(self, user: str) -> Tenant:
+        """A tenant for a user who has no memories: kept nowhere, but nobody else hits the pages of its prompts."""
+        digest = hashlib.blake2b(user.encode(), key=self._secret, digest_size=TENANT_ID_BYTES + TENANT_SECRET_BYTES)
+        return Tenant(digest.digest()[:TENANT_ID_BYTES], digest.digest()[TENANT_ID_BYTES:])
+
+    def _without_memory(self, chat: ChatRequest, tenant: Tenant | None, max_context: int) -> Turn:
         plan = self._prompt(chat, ())
         if plan.tokens >= max_context:
             raise _too_long(plan.tokens, max_context)
-        return Turn(plan)
+        return Turn(plan, tenant)
 
     def _session(self, chat: ChatRequest, user: str, thread: Thread, max_context: int) -> Session:
         if chat.amem.session is not None:
