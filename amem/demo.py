@@ -88,7 +88,7 @@ class _Demo:
     def _ask(self, name: str, question: str, session: str) -> Answer:
         began = time.perf_counter()
         with self._working(name):
-            answer = self._client.ask_full(USER, question, session=session, max_tokens=16)
+            answer = self._client.ask_full(USER, question, session=session, max_tokens=32)
         seconds = time.perf_counter() - began
         self._done(Step(name, seconds, f"{question}  {answer.text.strip()}", answer.report["tokens"]))
         return answer

@@ -31,7 +31,7 @@ SDK, OPENAI = blocks("python")
 
 
 def promised(block: str) -> list[str]:
-    """What the comments behind the lines of a block say that it prints."""
+    """The words that, as the comments say, the answers hold which the lines of a block print."""
     return re.findall(r"^(?:print\(|amem ).*  # (\w+)$", block, re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def test_the_readme_promises_something() -> None:
 
 def test_the_sdk_quickstart(server: ServerChild) -> None:
     said = run(server, sys.executable, "-c", SDK)
-    assert said[:2] == promised(SDK)
+    assert all(word in line for word, line in zip(promised(SDK), said[:2], strict=True))
     tokens = ast.literal_eval(said[2])
     assert set(tokens) == {"prefix", "gpu", "cpu", "disk", "recomputed", "fresh"}
     assert tokens["prefix"] > tokens["fresh"] > 0
@@ -75,7 +75,8 @@ def test_the_second_answer_prefills_nothing_of_the_memories(server: ServerChild)
     session = client.start_session("alice")
     first = client.ask_full("alice", SISTER, session=session)
     second = client.ask_full("alice", COMPANY, session=session)
-    assert (first.text.strip(), second.text.strip()) == ("Denver", "Boeing")
+    assert "Denver" in first.text
+    assert "Boeing" in second.text
     memories = memory_tokens(client, session)
     tokens = second.report["tokens"]
     assert sum(tokens.values()) == second.usage["prompt_tokens"]
@@ -86,7 +87,8 @@ def test_the_second_answer_prefills_nothing_of_the_memories(server: ServerChild)
 
 def test_the_openai_quickstart(server: ServerChild) -> None:
     said = run(server, sys.executable, "-c", OPENAI.replace(PRINTED, server.url))
-    assert said == promised(OPENAI)
+    assert len(said) == 1
+    assert promised(OPENAI)[0] in said[0]
 
 
 def test_the_openai_client_streams(server: ServerChild) -> None:
@@ -95,12 +97,13 @@ def test_the_openai_client_streams(server: ServerChild) -> None:
     client = OpenAI(base_url=server.url + "/v1", api_key="any")
     question = {"role": "user", "content": COMPANY}
     stream = client.chat.completions.create(model="amem", user="alice", messages=[question], stream=True)
-    assert "".join(event.choices[0].delta.content or "" for event in stream if event.choices).strip() == "Boeing"
+    assert "Boeing" in "".join(event.choices[0].delta.content or "" for event in stream if event.choices)
 
 
 def test_the_shell_quickstart(server: ServerChild) -> None:
     said = run(server, "bash", "-euc", SHELL)
-    assert promised(SHELL)[0] in said
+    assert promised(SHELL)[0] in said[-2]
+    assert said[-1].startswith("forgotten")
     assert Amem(server.url).list("bob") == []
 
 
@@ -113,7 +116,7 @@ def test_after_a_restart_the_memories_come_from_disk(server: ServerChild) -> Non
     session = client.start_session("alice")
     answer = client.ask_full("alice", SISTER, session=session)
     tokens = answer.report["tokens"]
-    assert answer.text.strip() == "Denver"
+    assert "Denver" in answer.text
     assert tokens["disk"] > 0
     assert tokens["prefix"] == tokens["cpu"] == 0
     # loaded rows that were then corrected count as recomputed; none was prefilled
