@@ -42,17 +42,18 @@ class TilePlan:
     block_table: Tensor
     page_size: int
     dtype: torch.dtype
-    _made: dict[tuple[int, int], tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[int, int, int], tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
 
-    def groups(self, heads: int, kv_heads: int) -> tuple[TileGroup, ...]:
+    def groups(self, heads: int, kv_heads: int, head_dim: int) -> tuple[TileGroup, ...]:
         """Sequences of one row, and the others; made for the first layer, used by all."""
-        if (heads, kv_heads) not in self._made:
-            self._made[heads, kv_heads] = self._cut(heads // kv_heads, kv_heads)
-        return self._made[heads, kv_heads]
+        key = (heads, kv_heads, head_dim)
+        if key not in self._made:
+            self._made[key] = self._cut(heads // kv_heads, kv_heads, head_dim)
+        return self._made[key]
 
-    def _cut(self, group: int, kv_heads: int) -> tuple[TileGroup, ...]:
+    def _cut(self, group: int, kv_heads: int, head_dim: int) -> tuple[TileGroup, ...]:
         chip, size = chip_of(self.positions.device), self.dtype.itemsize
-        narrow, wide = narrow_tile(chip, size, group), wide_tile(chip, size, group)
+        narrow, wide = narrow_tile(chip, size, group, head_dim), wide_tile(chip, size, group, head_dim)
         rows = np.diff(np.asarray(self.cu_rows, dtype=np.int64))
         longest = self.block_table.shape[1] * self.page_size
         found = []

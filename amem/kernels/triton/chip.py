@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -32,9 +32,11 @@ class TileShape:
     per_core: int
 
 
+_USUAL_DIM = 128
 _NARROW = {2: TileShape(16, 64, 4, 3, 16), 4: TileShape(16, 32, 4, 2, 8)}
 _WIDE = {2: TileShape(128, 64, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)}
 _WIDE_ON = {
+    "sm_80": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
     "sm_86": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
     "sm_89": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
     "gfx942": {2: TileShape(128, 64, 8, 1, 1), 4: TileShape(32, 32, 4, 1, 1)},
@@ -52,16 +54,17 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(arch, cores)
 
 
-def narrow_tile(chip: Chip, element_bytes: int, group: int) -> TileShape:
+def narrow_tile(chip: Chip, element_bytes: int, group: int, head_dim: int) -> TileShape:
     """For one row of a sequence, such as decode: the fewest score rows that a matrix unit takes, at least `group`."""
     shape = _NARROW[element_bytes]
-    queries = max(shape.queries, triton.next_power_of_2(group))
     stages = 1 if chip.arch.startswith("gfx") else shape.stages
-    return TileShape(queries, shape.keys, shape.warps, stages, shape.per_core)
+    keys = shape.keys // 2 if head_dim > _USUAL_DIM else shape.keys
+    return replace(shape, queries=max(shape.queries, triton.next_power_of_2(group)), keys=keys, stages=stages)
 
 
-def wide_tile(chip: Chip, element_bytes: int, group: int) -> TileShape:
+def wide_tile(chip: Chip, element_bytes: int, group: int, head_dim: int) -> TileShape:
     """For many rows of a sequence: in 16 bit at least 64 score rows, so that Hopper multiplies by warp group."""
     shape = _WIDE_ON.get(chip.arch, _WIDE)[element_bytes]
-    queries = max(shape.queries, triton.next_power_of_2(group))
-    return TileShape(queries, shape.keys, shape.warps, shape.stages, shape.per_core)
+    if head_dim > _USUAL_DIM:
+        shape = replace(shape, queries=shape.queries // 2, keys=shape.keys // 2)
+    return replace(shape, queries=max(shape.queries, triton.next_power_of_2(group)))

@@ -24,7 +24,7 @@ _LOG2_E = 1.4426950408889634
 def paged_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: TilePlan) -> Tensor:
     """See `amem.kernels.reference.paged_attention`; heads of q and of the slots must be contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for group in plan.groups(q.shape[1], k_slots.shape[1]):
+    for group in plan.groups(q.shape[1], k_slots.shape[1], q.shape[2]):
         _run(q, k_slots, v_slots, out, plan, group)
     return out
 
@@ -51,7 +51,7 @@ def _run(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan: TilePla
         join = {"HEADS": heads, "DIM": head_dim, "DIM_BLOCK": sizes["DIM_BLOCK"], "PARTS": parts}
         _join[(tiles, group.rows_per_tile * heads)](part_out, part_weight, out, group.tiles, group.rows, **join)
     if not alone:
-        _mend[(tiles, kv_heads)](*common, *strides, broken, **sizes, **_mending(plan, heads // kv_heads, parts))
+        _mend[(tiles, kv_heads)](*common, *strides, broken, **sizes, **_mending(plan, sizes, parts))
 
 
 def _scratch(out: Tensor, group: TileGroup, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +65,8 @@ def _scratch(out: Tensor, group: TileGroup, kv_heads: int) -> tuple[Tensor, Tens
     return part_out, part_weight, broken
 
 
-def _mending(plan: TilePlan, group: int, parts: int) -> dict[str, int]:
-    shape = narrow_tile(chip_of(plan.positions.device), plan.dtype.itemsize, group)
+def _mending(plan: TilePlan, sizes: dict[str, int], parts: int) -> dict[str, int]:
+    shape = narrow_tile(chip_of(plan.positions.device), plan.dtype.itemsize, sizes["GROUP"], sizes["DIM"])
     return {
         "PARTS": parts,
         "QUERIES": shape.queries,

@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "support")]
 
 if triton.knobs.runtime.interpret:
     import strict_interpreter

@@ -83,7 +83,7 @@ def test_long_scattered_rows(device: torch.device) -> None:
 
 
 def groups_of(positions: Tensor, cu_rows: list[int], table: Tensor) -> tuple[attention_plan.TileGroup, ...]:
-    return kernels.plan_attention(positions, cu_rows, table, 16, BF16).groups(8, 2)
+    return kernels.plan_attention(positions, cu_rows, table, 16, BF16).groups(8, 2, 64)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8, 32])

@@ -14,14 +14,6 @@ import triton
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
 _GLOBAL = ("LDG", "LDGSTS", "STG")
-SHARED_LIMIT = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "gfx942": 65536,
-}
 
 
 def read(kernel: Any) -> dict[str, int]:
