@@ -243,6 +243,8 @@ class EngineClient:
         finally:
             watch.cancel()
             self._process = None
+            if self.state is EngineState.READY:
+                self._become(EngineState.RESTARTING, "the engine has just ended and will be restarted")
             code = await process.reap(self._launch.stop_timeout_s)
         killed = watch.result() if watch.done() and not watch.cancelled() else None
         return fault or killed or (f"signal {-code}" if code < 0 else f"exit code {code}")

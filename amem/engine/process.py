@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from amem.engine.config import ModelConfig
 from amem.engine.messages import (
     Abort,
     Configure,
@@ -196,6 +197,7 @@ def _serve(link: Link) -> int:
 
 
 def _start(message: Configure, link: Link) -> Engine:
+    ModelConfig.from_hf(message.config.model)  # refused in milliseconds, before torch is imported
     from amem.engine.engine import Engine
 
     return Engine(message.config, lambda done, total: link.send([Loading(done, total)]))

@@ -185,7 +185,10 @@ class Sequence:
             self._publish_page(pool, (len(self.chain) + 1) * size)
 
     def release(self, pool: BlockPool, keep: bool) -> None:
-        """Give every page back; with `keep`, the last, partial page stays findable too."""
+        """Give every page back; with `keep`, the last, partial page stays findable too.
+
+        All that a follow-up has to compute again is the last sampled id: its KV was never needed.
+        """
         if keep and self.table:
             self.publish(pool)
             if self.computed > len(self.chain) * pool.page_size:

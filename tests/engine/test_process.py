@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,20 +44,30 @@ def launch(checkpoint: Path, **options: Any) -> EngineLaunch:
     return EngineLaunch(EngineConfig(model=str(checkpoint), **fields), backoff_s=0.1, stop_timeout_s=20)
 
 
-def request(name: str, count: int = 6) -> GenerateRequest:
-    return GenerateRequest(name, TENANT, PROMPT, SamplingParams(max_tokens=count, ignore_eos=True))
+def request(name: str, count: int = 6, segments: tuple[Segment, ...] = PROMPT) -> GenerateRequest:
+    return GenerateRequest(name, TENANT, segments, SamplingParams(max_tokens=count, ignore_eos=True))
 
 
-async def ask(client: EngineClient, name: str, count: int = 6) -> tuple[list[int], Finished]:
+async def ask(client: EngineClient, name: str, **fields: Any) -> tuple[list[int], Finished]:
     tokens: list[int] = []
-    async for message in client.generate(request(name, count)):
+    async for message in client.generate(request(name, **fields)):
         if isinstance(message, Finished):
             return tokens, message
         tokens += message.token_ids
     raise AssertionError("no end")
 
 
-async def until(true: Callable[[], bool], seconds: float = 60) -> None:
+@asynccontextmanager
+async def started(how: EngineLaunch) -> AsyncIterator[EngineClient]:
+    client = EngineClient(how)
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.close()
+
+
+async def until(true: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come true in time"
@@ -65,7 +77,7 @@ async def until(true: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run[Any]]:
     loop = asyncio.new_event_loop()
-    yield lambda work: loop.run_until_complete(asyncio.wait_for(work, 120))
+    yield lambda work: loop.run_until_complete(asyncio.wait_for(work, 270))
     loop.close()
 
 
@@ -149,15 +161,14 @@ def test_a_bad_request_raises_and_its_id_is_free_again(client: EngineClient, run
 
 
 def test_kill_restarts_and_serves(checkpoint: Path, tmp_path: Path, run: Run[Any]) -> None:
-    async def story() -> None:
-        client = EngineClient(launch(checkpoint, kv_dir=str(tmp_path / "kv")))
-        await client.start()
+    async def story(client: EngineClient) -> None:
         assert (await client.write_chunks(TENANT, (CHUNK,))).written == 1
         before, _ = await ask(client, "before")
         begun = client.generate(request("begun", 450))
         assert isinstance(await anext(begun), Tokens)
-        os.kill(client.pid or 0, signal.SIGSTOP)  # so that the next two cannot be answered by this engine
-        fresh = asyncio.create_task(ask(client, "fresh"))
+        os.kill(client.pid or 0, signal.SIGSTOP)  # so that the next ones cannot be answered by this engine
+        reader = asyncio.create_task(ask(client, "reader"))
+        other = asyncio.create_task(ask(client, "other", segments=(Segment(HEAD), Segment((30, 31)))))
         forgotten = asyncio.create_task(client.forget(TENANT, ("m1",)))
         stats = asyncio.create_task(client.stats())
         await asyncio.sleep(0.1)
@@ -174,19 +185,25 @@ def test_kill_restarts_and_serves(checkpoint: Path, tmp_path: Path, run: Run[Any
         with pytest.raises(EngineError) as refused:
             await ask(client, "while down")
         assert refused.value.code == "unavailable"
-        assert (await fresh)[0] == before
+        assert len((await other)[0]) == 6
+        with pytest.raises(EngineError) as gone:
+            await reader
+        assert gone.value.code == "memory_forgotten"
         assert (await forgotten).chunks in (0, 1)  # on disk already, or lost with the process
         assert client.restarts == 1
         tokens, end = await ask(client, "after")
         assert tokens == before
         assert end.report.prompt.disk == end.report.prompt.cpu == 0
-        await client.close()
-        await client.close()
-        assert client.state is EngineState.STOPPED
-        with pytest.raises(EngineError):
-            await client.forget(TENANT, None)
 
-    run(story())
+    async def whole() -> None:
+        async with started(launch(checkpoint, kv_dir=str(tmp_path / "kv"))) as client:
+            await story(client)
+            await client.close()
+            assert client.state is EngineState.STOPPED
+            with pytest.raises(EngineError):
+                await client.forget(TENANT, None)
+
+    run(whole())
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path, run: Run[Any]) -> None:
@@ -203,17 +220,14 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path, run: Run[Any]) -> 
 
 def test_a_hung_engine_is_replaced(checkpoint: Path, run: Run[Any]) -> None:
     async def story() -> None:
-        plain = launch(checkpoint)
-        client = EngineClient(EngineLaunch(plain.config, backoff_s=0.1, hang_s=6))
-        await client.start()
-        first = client.pid or 0
-        os.kill(first, signal.SIGSTOP)
-        await until(lambda: client.restarts == 1)
-        assert "no progress" in (client.reason or "")
-        await until(lambda: client.state is EngineState.READY)
-        assert client.pid != first
-        await ask(client, "after")
-        await client.close()
+        async with started(replace(launch(checkpoint), hang_s=6)) as client:
+            first = client.pid or 0
+            os.kill(first, signal.SIGSTOP)
+            await until(lambda: client.restarts == 1)
+            assert "no progress" in (client.reason or "")
+            await until(lambda: client.state is EngineState.READY)
+            assert client.pid != first
+            await ask(client, "after")
 
     run(story())
 
