@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from amem.client import calls
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _awaitable(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncAmem, P], Awaitable[T]]:
+def _awaitable(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncAmem, P], Coroutine[Any, Any, T]]:
     async def method(self: AsyncAmem, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._run(build(*args, **kwargs))
 
