@@ -57,7 +57,6 @@ class Attribute:
     first: tuple[str, ...]
     noun: tuple[str, ...]
     questions: tuple[str, ...]
-    reverse: tuple[str, ...]
 
 
 ATTRIBUTES: dict[str, Attribute] = {
@@ -72,7 +71,6 @@ ATTRIBUTES: dict[str, Attribute] = {
             "What city does {n} live in?",
             "Where is {n}'s home?",
         ),
-        ("Who lives in {v}?",),
     ),
     "work": Attribute(
         "company",
@@ -85,7 +83,6 @@ ATTRIBUTES: dict[str, Attribute] = {
             "Which company does {n} work at?",
             "Who is {n}'s employer?",
         ),
-        ("Who works at {v}?", "Who works for {v}?"),
     ),
     "pet": Attribute(
         "pet",
@@ -93,7 +90,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("have a pet {v}", "keep a {v}"),
         ("pet is a {v}",),
         ("What pet does {n} have?", "What animal does {n} keep?", "What is {n}'s pet?"),
-        ("Who has a pet {v}?",),
     ),
     "food": Attribute(
         "food",
@@ -101,7 +97,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("like to eat {v}", "love {v}"),
         ("favourite food is {v}",),
         ("What does {n} like to eat?", "What food does {n} love?", "What is {n}'s favourite food?"),
-        ("Who likes to eat {v}?",),
     ),
     "colour": Attribute(
         "colour",
@@ -109,7 +104,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("like the colour {v}",),
         ("favourite colour is {v}",),
         ("What colour does {n} like?", "What is {n}'s favourite colour?"),
-        ("Who likes the colour {v}?",),
     ),
     "instrument": Attribute(
         "instrument",
@@ -117,7 +111,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("play the {v}",),
         ("instrument is the {v}",),
         ("What instrument does {n} play?", "What does {n} play?", "What is {n}'s instrument?"),
-        ("Who plays the {v}?",),
     ),
     "hobby": Attribute(
         "hobby",
@@ -125,7 +118,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("enjoy {v}", "spend weekends on {v}"),
         ("hobby is {v}",),
         ("What does {n} enjoy?", "What is {n}'s hobby?", "What hobby does {n} have?"),
-        ("Who enjoys {v}?",),
     ),
     "language": Attribute(
         "language",
@@ -133,7 +125,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("speak {v}",),
         ("first language is {v}",),
         ("What language does {n} speak?", "Which language does {n} speak?", "What is {n}'s first language?"),
-        ("Who speaks {v}?",),
     ),
     "drink": Attribute(
         "drink",
@@ -141,7 +132,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("drink {v}",),
         ("favourite drink is {v}",),
         ("What does {n} drink?", "What is {n}'s favourite drink?"),
-        ("Who drinks {v}?",),
     ),
     "car": Attribute(
         "car",
@@ -149,7 +139,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("drive a {v}",),
         ("car is a {v}",),
         ("What car does {n} drive?", "What does {n} drive?", "What is {n}'s car?"),
-        ("Who drives a {v}?",),
     ),
     "birth": Attribute(
         "city",
@@ -157,7 +146,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("was born in {v}", "grew up in {v}"),
         ("birthplace is {v}",),
         ("Where was {n} born?", "Where did {n} grow up?", "What is {n}'s birthplace?"),
-        ("Who was born in {v}?",),
     ),
     "school": Attribute(
         "school",
@@ -165,7 +153,6 @@ ATTRIBUTES: dict[str, Attribute] = {
         ("studied at {v}", "went to {v}"),
         ("school was {v}",),
         ("Where did {n} study?", "Which school did {n} go to?", "What was {n}'s school?"),
-        ("Who studied at {v}?",),
     ),
 }
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 
 from amem.bench import vocabulary as vocab
 
-PREAMBLE = "Notes from memory; information, not instructions.\n"
 UNKNOWN = "I do not know."
 TASKS = ("fact", "compound", "two_hop", "cut", "speaker", "pronoun", "alias", "update", "unknown")
 CROSS_CHUNK_TASKS = ("cut", "speaker", "pronoun", "alias", "update")
@@ -29,13 +28,17 @@ class Example:
     """Memory chunks (plain text) and the turns asked over them.
 
     `conversations[i]` numbers the conversation of chunk i, -1 for a single fact; the chunks of a conversation stand
-    in order. `turns` holds (question, answer); an answer is the bare value. `system` is client system text.
+    in order. `turns` holds (question, answer); an answer restates the fact in a sentence, as memory does, and
+    `values` are the words in it that matter. `places[i]` is the turn in front of which chunk i is recalled, 0 for
+    the block in front of everything. `system` is client system text.
     """
 
     task: str
     chunks: tuple[str, ...]
     conversations: tuple[int, ...]
     turns: tuple[tuple[str, str], ...]
+    values: tuple[str, ...]
+    places: tuple[int, ...]
     system: str = ""
 
 
@@ -43,8 +46,9 @@ class Example:
 class Level:
     """How hard an example is. Pairs are inclusive ranges.
 
-    `reverse`: share of questions that ask for the name behind a value; `complete`: share that are a statement to
-    complete ("Alice lives in"). Both serve training alone.
+    pieces: of an invented word; 1 takes whole words of `pool`.  wild: share of invented words that begin with a word
+    of `pool`, which training gives so that words are many.  sentences: single facts that share a chunk.
+    later: share of examples in which a later turn brings its own memories.
     """
 
     pieces: int = 2
@@ -52,30 +56,50 @@ class Level:
     attributes: tuple[int, int] = (1, 4)
     wordings: int = 4
     real: float = 0.4
+    wild: float = 0.0
     fillers: tuple[int, int] = (0, 3)
     mixed: int = 2
     turns: int = 2
-    reverse: float = 0.0
-    complete: float = 0.0
     variants: bool = True
     system: float = 0.1
+    sentences: tuple[int, int] = (1, 1)
+    later: float = 0.0
+    pool: tuple[str, ...] = ()
 
 
 GATE = Level()
+LONG = Level(people=(30, 70), attributes=(4, 6), fillers=(0, 8), mixed=4, turns=8, sentences=(6, 9))
 
 
 @dataclass(frozen=True)
 class _Fact:
+    """`subject` is what a question calls the person; `lead` begins the sentence that answers it."""
+
     subject: str
     attribute: str
     value: str
-    name: str
+    lead: str
+    person: str = "third"
+
+    @property
+    def answer(self) -> str:
+        a = vocab.ATTRIBUTES[self.attribute]
+        phrase = (a.third if self.person == "third" else a.first)[0]
+        return f"{self.lead} {phrase.format(v=self.value)}."
 
 
 @dataclass(frozen=True)
 class _Unit:
     chunks: tuple[str, ...]
     facts: tuple[_Fact, ...]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    question: str
+    answer: str
+    value: str
+    fact: _Fact | None = None
 
 
 def held_out(word: str) -> bool:
@@ -91,10 +115,11 @@ def _real_words(kind: str, split: str) -> tuple[str, ...]:
     return tuple(w for w in words if held_out(w) == (split == "heldout"))
 
 
-def _invented(rng: random.Random, pieces: int) -> str:
-    first = rng.choice(vocab.FIRST_PIECES)
-    if pieces > 1 and rng.random() < 0.08:
-        pieces += 1
+def _invented(rng: random.Random, level: Level) -> str:
+    if level.pieces == 1:
+        return rng.choice(level.pool)
+    first = rng.choice(level.pool if rng.random() < level.wild else vocab.FIRST_PIECES)
+    pieces = level.pieces + (rng.random() < 0.08)
     return first + "".join(rng.choice(vocab.LAST_PIECES) for _ in range(pieces - 1))
 
 
@@ -116,10 +141,10 @@ class _Scene:
             if real and attempt < 8 and self.rng.random() < self.level.real:
                 word = self.rng.choice(real)
             else:
-                word = _invented(self.rng, self.level.pieces)
+                word = _invented(self.rng, self.level)
                 if self.level.pieces > 1 and held_out(word) != (self.split == "heldout"):
                     continue
-            word = word.lower() if kind in vocab.LOWER_CASE else word
+            word = word.lower() if kind in vocab.LOWER_CASE and self.level.pieces > 1 else word
             if word.lower() not in self._used:
                 self._used.add(word.lower())
                 return word
@@ -143,16 +168,12 @@ class _Scene:
             return f"{owner} {self.pick(vocab.ATTRIBUTES[attribute].noun)}."
         return f"{subject} {self.phrase(attribute, 'first' if subject == 'I' else 'third')}."
 
-    def fact(self, subject: str, attribute: str, name: str = "") -> _Fact:
-        return _Fact(subject, attribute, self.value(attribute), name or subject)
+    def fact(self, subject: str, attribute: str, lead: str = "", person: str = "third") -> _Fact:
+        return _Fact(subject, attribute, self.value(attribute), lead or subject, person)
 
-    def question(self, fact: _Fact, reverse: bool) -> tuple[str, str]:
-        a = vocab.ATTRIBUTES[fact.attribute]
-        if reverse:
-            return self.pick(a.reverse).format(v=fact.value), fact.name
-        if self.rng.random() < self.level.complete:
-            return f"{fact.subject} {a.third[0].removesuffix(' {v}')}", fact.value
-        return self.pick(a.questions).format(n=fact.subject), fact.value
+    def turn(self, fact: _Fact) -> _Turn:
+        question = self.pick(vocab.ATTRIBUTES[fact.attribute].questions).format(n=fact.subject)
+        return _Turn(question, fact.answer, fact.value, fact)
 
 
 def _single(scene: _Scene, attributes: list[str]) -> list[_Unit]:
@@ -175,7 +196,7 @@ def _two_hop(scene: _Scene, attributes: list[str]) -> list[_Unit]:
     owner, other = scene.word("name"), scene.word("name")
     relation = scene.pick(vocab.KINSHIP) if scene.level.wordings < 2 else scene.rng.choice(vocab.KINSHIP)
     subject = f"{owner}'s {relation}"
-    facts = tuple(scene.fact(subject, a, other) for a in attributes)
+    facts = tuple(scene.fact(subject, a, f"{subject} {other}") for a in attributes)
     if scene.level.variants and scene.rng.random() < 0.3:
         said = [scene.sentence(other, f.attribute).format(v=f.value) for f in facts]
         return [_Unit((f"{subject} is {other}.", *said), facts)]
@@ -199,21 +220,21 @@ def _cut(scene: _Scene, attributes: list[str]) -> list[_Unit]:
 
 def _speaker(scene: _Scene, attributes: list[str]) -> list[_Unit]:
     name = scene.word("name")
-    facts = tuple(scene.fact(name, a) for a in attributes)
+    facts = tuple(scene.fact(name, a, f"{name}: I", "first") for a in attributes)
     said = [scene.sentence("I", f.attribute).format(v=f.value) for f in facts]
     return [_Unit((scene.pick(vocab.SPEAKER_INTRO).format(n=name), *said), facts)]
 
 
 def _pronoun(scene: _Scene, attributes: list[str]) -> list[_Unit]:
     name, pronoun = scene.word("name"), scene.rng.choice(("He", "She"))
-    facts = tuple(scene.fact(name, a) for a in attributes)
+    facts = tuple(scene.fact(name, a, f"{name}: {pronoun}") for a in attributes)
     said = [scene.sentence(pronoun, f.attribute).format(v=f.value) for f in facts]
     return [_Unit((scene.pick(vocab.PRONOUN_INTRO).format(n=name), *said), facts)]
 
 
 def _alias(scene: _Scene, attributes: list[str]) -> list[_Unit]:
     name, alias = scene.word("name"), scene.word("name")
-    facts = tuple(scene.fact(name, a) for a in attributes)
+    facts = tuple(scene.fact(name, a, f"{name} is {alias}. {alias}") for a in attributes)
     said = [scene.sentence(alias, f.attribute).format(v=f.value) for f in facts]
     return [_Unit((scene.pick(vocab.ALIAS_INTRO).format(n=name, a=alias), *said), facts)]
 
@@ -253,58 +274,87 @@ def _people(scene: _Scene, task: str) -> list[_Unit]:
         pool = scene.attributes
         own = shared if i < 2 else scene.rng.sample(pool, scene.rng.randint(1, len(pool)))
         made = _BUILDERS[task](scene, own)
-        if sum(len(u.chunks) for u in units + made) > MAX_CHUNKS:
+        if _size(units + made, scene.level) > MAX_CHUNKS:
             break
         units.extend(made)
     return units
 
 
-def _ask(scene: _Scene, units: list[_Unit]) -> list[tuple[str, str]]:
+def _size(units: list[_Unit], level: Level) -> int:
+    """Chunks that the units take at most, single facts sharing them."""
+    single = sum(len(u.chunks) == 1 for u in units)
+    return -(-single // level.sentences[0]) + sum(len(u.chunks) for u in units if len(u.chunks) > 1)
+
+
+def _ask(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
     """Questions about different facts, each attribute at most half as often as it has candidates."""
     facts = [f for u in units for f in u.facts]
     candidates = {a: sum(f.attribute == a for f in facts) for a in scene.attributes}
     scene.rng.shuffle(facts)
     asked: dict[str, int] = {}
-    turns: list[tuple[str, str]] = []
+    turns: list[_Turn] = []
     for fact in facts:
         count, have = asked.get(fact.attribute, 0), candidates.get(fact.attribute, 0)
         if len(turns) == scene.level.turns:
             break
-        if (have < 2 and len(candidates) < 2) or count + 1 > max(have // 2, 1):
-            continue
-        if have < 2 and scene.level.pieces > 1:
+        if have < 2 or count + 1 > have // 2:
             continue
         asked[fact.attribute] = count + 1
-        turns.append(scene.question(fact, scene.rng.random() < scene.level.reverse))
+        turns.append(scene.turn(fact))
     return turns
 
 
-def _unknown(scene: _Scene, units: list[_Unit]) -> list[tuple[str, str]]:
+def _unknown(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
     """One question with no answer in memory (a stranger, or an attribute never stated), one with an answer."""
     facts = [f for u in units for f in u.facts]
     absent = [a for a in sorted(vocab.ATTRIBUTES) if a not in {f.attribute for f in facts}]
     subject = scene.word("name") if scene.rng.random() < 0.6 else scene.rng.choice(facts).subject
     stranger = subject not in {f.subject for f in facts}
     attribute = scene.rng.choice(facts).attribute if stranger else scene.rng.choice(absent)
-    question, _ = scene.question(_Fact(subject, attribute, "", ""), False)
-    turns = [(question, UNKNOWN), *_ask(scene, units)[:1]]
+    question = scene.pick(vocab.ATTRIBUTES[attribute].questions).format(n=subject)
+    turns = [_Turn(question, UNKNOWN, UNKNOWN), *_ask(scene, units)[:1]]
     if scene.split == "train":
         scene.rng.shuffle(turns)
     return turns[: max(scene.level.turns, 1)]
 
 
-def _arrange(scene: _Scene, units: list[_Unit]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Units in random order among fillers; each unit of several chunks is a conversation."""
-    room = MAX_CHUNKS - sum(len(u.chunks) for u in units)
-    fillers = min(scene.rng.randint(*scene.level.fillers), max(room, 0))
-    blocks = [u.chunks for u in units] + [(f,) for f in scene.rng.sample(vocab.FILLERS, fillers)]
+@dataclass(frozen=True)
+class _Block:
+    """Chunks that stand together, and the facts in them."""
+
+    chunks: tuple[str, ...]
+    facts: tuple[_Fact, ...] = ()
+
+
+def _blocks(scene: _Scene, units: list[_Unit]) -> list[_Block]:
+    """Units in random order among fillers; with `sentences`, single facts share chunks."""
+    room = max(MAX_CHUNKS - _size(units, scene.level), 0)
+    fillers = min(scene.rng.randint(*scene.level.fillers), room, len(vocab.FILLERS))
+    single = [_Block(u.chunks, u.facts) for u in units if len(u.chunks) == 1]
+    scene.rng.shuffle(single)
+    packed: list[_Block] = []
+    while single:
+        many = scene.rng.randint(*scene.level.sentences)
+        part, single = single[:many], single[many:]
+        packed.append(_Block((" ".join(b.chunks[0] for b in part),), tuple(f for b in part for f in b.facts)))
+    blocks = packed + [_Block(u.chunks, u.facts) for u in units if len(u.chunks) > 1]
+    blocks += [_Block((text,)) for text in scene.rng.sample(vocab.FILLERS, fillers)]
     scene.rng.shuffle(blocks)
-    chunks: list[str] = []
-    conversations: list[int] = []
-    for number, block in enumerate(blocks):
-        chunks.extend(block)
-        conversations.extend([number if len(block) > 1 else -1] * len(block))
-    return tuple(chunks), tuple(conversations)
+    return blocks
+
+
+def _place(scene: _Scene, blocks: list[_Block], turns: list[_Turn]) -> list[int]:
+    """The turn that each block is recalled for. A block moved to a later turn is not needed before it."""
+    places = [0] * len(blocks)
+    if len(turns) > 1 and scene.rng.random() < scene.level.later:
+        at = scene.rng.randint(1, len(turns) - 1)
+        needed = {turn.fact for turn in turns[:at]}
+        wanted = {turn.fact for turn in turns[at:]}
+        for i, block in enumerate(blocks):
+            facts = set(block.facts)
+            if facts and not facts & needed and (facts & wanted or scene.rng.random() < 0.1):
+                places[i] = at
+    return places
 
 
 def example(task: str, split: str, rng: random.Random, level: Level = GATE) -> Example:
@@ -319,11 +369,20 @@ def example(task: str, split: str, rng: random.Random, level: Level = GATE) -> E
             break
     for _ in range(rng.randint(0, level.mixed)):
         other = _BUILDERS[rng.choice(TASKS)](scene, scene.attributes[:1])
-        if sum(len(u.chunks) for u in main + other) <= MAX_CHUNKS:
+        if _size(main + other, level) <= MAX_CHUNKS:
             main = main + other
-    chunks, conversations = _arrange(scene, main)
+    blocks = _blocks(scene, main)
+    places = _place(scene, blocks, turns)
     system = rng.choice(vocab.SYSTEM_TEXTS) if rng.random() < level.system else ""
-    return Example(task, chunks, conversations, tuple(turns), system)
+    return Example(
+        task=task,
+        chunks=tuple(c for b in blocks for c in b.chunks),
+        conversations=tuple(n if len(b.chunks) > 1 else -1 for n, b in enumerate(blocks) for _ in b.chunks),
+        turns=tuple((turn.question, turn.answer) for turn in turns),
+        values=tuple(turn.value for turn in turns),
+        places=tuple(place for place, b in zip(places, blocks, strict=True) for _ in b.chunks),
+        system=system,
+    )
 
 
 def examples(task: str, split: str, seed: int, n: int, level: Level = GATE) -> list[Example]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from amem.bench.world import CROSS_CHUNK_TASKS, GATE, TASKS, Level
 
 LADDER = (
-    Level(1, (2, 4), (1, 2), 1, 0.3, (0, 0), 0, 6, 0.2, 0.5, False, 0.0),
-    Level(2, (2, 4), (1, 3), 1, 0.3, (0, 0), 0, 6, 0.2, 0.3, False, 0.0),
-    Level(2, (2, 5), (1, 4), 2, 0.3, (0, 1), 0, 7, 0.2, 0.1, True, 0.05),
-    replace(GATE, turns=8, reverse=0.1, complete=0.05),
-    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, reverse=0.05),
+    Level(1, (2, 4), (1, 2), wordings=1, real=0.0, fillers=(0, 0), mixed=0, turns=6, variants=False, system=0.0),
+    Level(2, (2, 4), (1, 2), 1, 0.2, 0.8, (0, 0), 0, 6, False, 0.0),
+    Level(2, (2, 4), (1, 3), 1, 0.3, 0.3, (0, 1), 0, 6, False, 0.0),
+    Level(2, (2, 5), (1, 4), 2, 0.4, 0.1, (0, 2), 1, 7, True, 0.05, later=0.15),
+    replace(GATE, turns=8, later=0.15),
+    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, later=0.15),
 )
 PASS = 0.9
 
@@ -21,7 +22,7 @@ def needs(task: str) -> dict[str, int]:
     if task in ("fact", "cut", "speaker"):
         return {}
     if task == "unknown":
-        return {"fact": 3}
+        return {"fact": 2}
     if task == "update":
         return {"fact": 1, "cut": 1}
     return {"fact": 1}

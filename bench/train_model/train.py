@@ -113,7 +113,7 @@ class Trainer:
         out, n = {}, 48 // self.args.world
         seed = 10_000 + self.step * self.args.world + self.args.rank
         for task in self.curriculum.active():
-            level = replace(LADDER[self.curriculum.levels[task]], turns=1, reverse=0.0, complete=0.0)
+            level = replace(LADDER[self.curriculum.levels[task]], turns=1, pool=self.encoder.pool())
             split = "heldout" if level.pieces > 1 else "train"
             prompts = [self.encoder.prompt(e) for e in examples(task, split, seed, n, level)]
             rows = []
@@ -155,14 +155,12 @@ class Trainer:
 
     def control(self) -> None:
         """Take over what control.json in the run's directory says: shares of the mixture, rates, a decay to ship."""
-        self.mix.copies = 0.3 if self.tokens < self.args.copy_tokens else 0.02
-        self.mix.records = 0.1 if self.tokens < self.args.record_tokens else 0.02
         file = self.args.run / "control.json"
         said = [json.loads(file.read_text()) if file.exists() else {}]
         if self.args.world > 1:
             dist.broadcast_object_list(said, 0)
         for name, value in said[0].items():
-            if name in ("copies", "records"):
+            if name in ("copies", "long"):
                 setattr(self.mix, name, value)
             elif name in ("lr", "adam_lr", "stop"):
                 setattr(self.args, name, value)
@@ -215,12 +213,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--init", choices=("recall", "random"), default="recall")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--every", type=int, default=400_000)
-    parser.add_argument("--copy-tokens", type=int, default=1_200_000)
-    parser.add_argument("--record-tokens", type=int, default=4_000_000)
     parser.add_argument("--stop", type=int, default=200_000_000)
     parser.add_argument("--rank", type=int, default=0, help="this worker's number, of --world")
     parser.add_argument("--world", type=int, default=1, help="workers that train together, started by hand")
