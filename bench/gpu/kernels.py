@@ -84,6 +84,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def said(machine: dict[str, str | None]) -> str:
+    """What stands over a table."""
+    if machine["gpu"] is None:
+        return "No GPU was at hand: nothing below is measured."
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+
+
 def _cell(value: Any, shown: Any) -> str:
     return "-" if value is None else str(shown(value))
 
@@ -97,7 +104,7 @@ def main() -> None:
     machine = measure.machine()
     peaks = measure.peaks() if machine["gpu"] else None
     if peaks is None:
-        print("No GPU here: the rows stay empty.")
+        print(said(machine))
     for part in ("rowwise", "attention") if chosen.part is None else (chosen.part,):
         listed = [case for case in (*cases.rowwise(8192), *cases.attention()) if case.part == part]
         rows: list[dict[str, Any]] = []
@@ -108,7 +115,7 @@ def main() -> None:
             print(json.dumps(found), flush=True)
             head = {"machine": machine, "peaks": None if peaks is None else asdict(peaks), "seed": 0}
             (chosen.out / f"kernels-{part}.json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
-        (chosen.out / f"kernels-{part}.md").write_text(table(rows) + "\n")
+        (chosen.out / f"kernels-{part}.md").write_text(f"{said(machine)}\n\n{table(rows)}\n")
         print(table(rows))
 
 

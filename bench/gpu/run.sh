@@ -32,7 +32,7 @@ if wanted sanitize && [ "$gpu" = 1 ]; then
         # torch's caching allocator would hide an access outside a tensor
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         for tool in memcheck racecheck; do
-            run timeout 250 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m bench.gpu.check >"$out/sanitize-$tool.txt" 2>&1
+            run timeout 250 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m bench.gpu.check --dtype bfloat16 >"$out/sanitize-$tool.txt" 2>&1
             tail -n 3 "$out/sanitize-$tool.txt"
         done
         unset PYTORCH_NO_CUDA_MEMORY_CACHING

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amem.kernels.triton.chip import Chip, TileShape, chip_of, narrow_tile, wide_tile
 
-_MOST_PARTS = 64
+MOST_PARTS = 64
 _LEAST_KEY_TILES = 4
 Int32s = NDArray[np.int32]
 
@@ -98,5 +98,5 @@ def _parts(chip: Chip, shape: TileShape, programs: int, longest: int) -> int:
     """A power of two that fills the chip, as long as each part still has a few tiles of keys to walk."""
     room = chip.cores * shape.per_core // programs
     useful = ceil(longest / (shape.keys * _LEAST_KEY_TILES))
-    most = max(1, min(room, useful, _MOST_PARTS))
+    most = max(1, min(room, useful, MOST_PARTS))
     return 1 << (most.bit_length() - 1)

@@ -25,11 +25,12 @@ def paged_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: TilePlan)
     """See `amem.kernels.reference.paged_attention`; heads of q and of the slots must be contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for group in plan.groups(q.shape[1], k_slots.shape[1], q.shape[2]):
-        _run(q, k_slots, v_slots, out, plan, group)
+        attend_group(q, k_slots, v_slots, out, plan, group)
     return out
 
 
-def _run(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan: TilePlan, group: TileGroup) -> None:
+def attend_group(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan: TilePlan, group: TileGroup) -> None:
+    """Fills the rows of `out` that lie in the tiles of `group`."""
     heads, head_dim = q.shape[1:]
     kv_heads, parts, tiles = k_slots.shape[1], group.parts, len(group.tiles)
     common = (q, k_slots, v_slots, out, plan.positions, plan.block_table, group.tiles, _LOG2_E / sqrt(head_dim))

@@ -82,8 +82,8 @@ def test_other_shapes_compile_without_spills(target: str) -> None:
 
 
 def test_an_engine_step_of_llama_8b_launches_what_it_should() -> None:
-    """Every launch of a step with a prefill, a decode and a blend compiles; the count of each kernel is its share."""
-    launches = compiled("trace_step.py", "sm_90")
+    """A prefill, a decode and a blend: each kernel as often as the layers ask for, and all of them warmed up."""
+    first, *launches = compiled("trace_step.py", "sm_90")
     check_fits(launches, "sm_90")
     names = [launch["kernel"] for launch in launches]
     assert names.count("_rope_write") == names.count("_silu_mul") == LAYERS
@@ -91,6 +91,7 @@ def test_an_engine_step_of_llama_8b_launches_what_it_should() -> None:
     assert names.count("_deviation") == names.count("_take") == names.count("_compact") > 0
     assert names.count("_attend") == names.count("_mend") + LAYERS
     assert set(names) == KERNELS - {"_rotate_scatter"}
+    assert {launch["hash"] for launch in launches} <= set(first["warmed"])
     for launch in launches:
         assert all(isinstance(size, int) and 0 < size < 2**31 for size in launch["grid"]), launch
         assert all(size < 2**16 for size in launch["grid"][1:]), launch
