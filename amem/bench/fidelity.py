@@ -13,8 +13,9 @@ from itertools import chain
 
 from amem.bench.harness import EXACT, Answer, Harness, divergence, right, tenant, wilson
 from amem.bench.report import Chart, Result, quantile
+from amem.bench.scene import Level
 from amem.bench.workload import Note, Question, of_example
-from amem.bench.world import CROSS_CHUNK_TASKS, TASKS, Level, examples
+from amem.bench.world import CROSS_CHUNK_TASKS, TASKS, examples
 from amem.engine.types import BlendOptions, Fidelity, Tenant
 from amem.memory.plan import PlacedBatch, PlacedMemory
 

@@ -69,7 +69,7 @@ class Harness:
         plan = self.planner.prompt(messages, [batch] if batch else [])
         return plan.segments if chunks else tuple(replace(segment, chunk=None) for segment in plan.segments)
 
-    def ask(self, segments: tuple[Segment, ...], tenant: Tenant, blend: BlendOptions, max_tokens: int = 16) -> Answer:
+    def ask(self, segments: tuple[Segment, ...], tenant: Tenant, blend: BlendOptions, max_tokens: int = 24) -> Answer:
         """Runs one request to its end, alone. Raises BenchError when the engine fails it."""
         self._asked += 1
         name = f"bench-{self._asked}"
@@ -81,7 +81,7 @@ class Harness:
             for message in self.engine.step():
                 if isinstance(message, Tokens) and message.request_id == name:
                     first = self._logits[-1] if first is None else first
-                    text += stream.push([i for i in message.token_ids if i not in self.engine.model.eos_token_ids])
+                    text += stream.push(self._said(message))
                 elif isinstance(message, Failed) and message.request_id == name:
                     raise BenchError(f"{message.code}: {message.message}")
                 elif isinstance(message, Finished) and message.request_id == name:
@@ -89,6 +89,30 @@ class Harness:
                         raise BenchError("the engine finished without a token")
                     seconds = time.perf_counter() - began
                     return Answer((text + stream.finish()).strip(), first, message.report, seconds)
+
+    def answers(
+        self, asked: Sequence[tuple[tuple[Segment, ...], Tenant, BlendOptions]], max_tokens: int = 24
+    ) -> list[str]:
+        """The answers of many requests that run together. Raises BenchError when one fails."""
+        names = [f"many-{number}" for number in range(len(asked))]
+        streams = {name: self.chat.stream() for name in names}
+        texts = dict.fromkeys(names, "")
+        left = set(names)
+        for name, (segments, tenant, blend) in zip(names, asked, strict=True):
+            self.engine.add(GenerateRequest(name, tenant, segments, SamplingParams(max_tokens=max_tokens), blend))
+        while left:
+            for message in self.engine.step():
+                if isinstance(message, Tokens):
+                    texts[message.request_id] += streams[message.request_id].push(self._said(message))
+                elif isinstance(message, Failed):
+                    raise BenchError(f"{message.code}: {message.message}")
+                elif isinstance(message, Finished):
+                    texts[message.request_id] += streams[message.request_id].finish()
+                    left.discard(message.request_id)
+        return [texts[name].strip() for name in names]
+
+    def _said(self, message: Tokens) -> list[int]:
+        return [token for token in message.token_ids if token not in self.engine.model.eos_token_ids]
 
     def write(self, tenant: Tenant, specs: Iterable[ChunkSpec]) -> tuple[ChunksWritten, float]:
         """Computes and stores canonical KV; returns what was done and the seconds it took."""

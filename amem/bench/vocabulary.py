@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONSONANTS = ("B", "D", "F", "G", "H", "J", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z")
+LETTERS = ("bcdfghjklmnpqrstvwxyzstrnlm", "aeiouyaeiounrlsth")
 FIRST_PIECES = tuple(c + v for c in CONSONANTS for v in "aeiou")
 LAST_PIECES = tuple(
     c + v + e for i, c in enumerate("bdfgklmnprstvz") for j, v in enumerate("aeiou") for e in ("nrlsmt"[(i + j) % 6],)

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amem.bench.world import CROSS_CHUNK_TASKS, Example, Level, examples
+from amem.bench.scene import Level
+from amem.bench.world import CROSS_CHUNK_TASKS, Example, examples
 from amem.memory.plan import PlacedBatch, PlacedMemory, Planner
 
 SINGLE_TASKS = ("fact", "compound", "two_hop")
@@ -101,7 +102,7 @@ class _Source:
         return example.chunks, [Question(q, a, example.task) for q, a in example.turns]
 
     def _fresh(self, tasks: Sequence[str]) -> Example:
-        level = Level(people=(2, 2), real=0.15, fillers=(0, 0), mixed=0, turns=1, system=0.0)
+        level = Level(people=(2, 2), real=0.0, fillers=(0, 0), mixed=0, turns=1, system=0.0)
         while True:
             self._drawn += 1
             (example,) = examples(self._rng.choice(tasks), "heldout", self._rng.getrandbits(48), 1, level)

@@ -8,13 +8,11 @@ so a chunk read alone cannot tell whose value it states.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from amem.bench import vocabulary as vocab
+from amem.bench.scene import BUILDERS, Fact, Level, Scene, Turn, Unit
 
 UNKNOWN = "I do not know."
 TASKS = ("fact", "compound", "two_hop", "cut", "speaker", "pronoun", "alias", "update", "unknown")
@@ -42,257 +40,39 @@ class Example:
     system: str = ""
 
 
-@dataclass(frozen=True)
-class Level:
-    """How hard an example is. Pairs are inclusive ranges.
-
-    pieces: of an invented word; 1 takes whole words of `pool`.  wild: share of invented words that begin with a word
-    of `pool`, which training gives so that words are many.  sentences: single facts that share a chunk.
-    later: share of examples in which a later turn brings its own memories.
-    """
-
-    pieces: int = 2
-    people: tuple[int, int] = (2, 6)
-    attributes: tuple[int, int] = (1, 4)
-    wordings: int = 4
-    real: float = 0.4
-    wild: float = 0.0
-    fillers: tuple[int, int] = (0, 3)
-    mixed: int = 2
-    turns: int = 2
-    variants: bool = True
-    system: float = 0.1
-    sentences: tuple[int, int] = (1, 1)
-    later: float = 0.0
-    pool: tuple[str, ...] = ()
-
-
 GATE = Level()
 LONG = Level(people=(30, 70), attributes=(4, 6), fillers=(0, 8), mixed=4, turns=8, sentences=(6, 9))
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """`subject` is what a question calls the person; `lead` begins the sentence that answers it."""
-
-    subject: str
-    attribute: str
-    value: str
-    lead: str
-    person: str = "third"
-
-    @property
-    def answer(self) -> str:
-        a = vocab.ATTRIBUTES[self.attribute]
-        phrase = (a.third if self.person == "third" else a.first)[0]
-        return f"{self.lead} {phrase.format(v=self.value)}."
-
-
-@dataclass(frozen=True)
-class _Unit:
-    chunks: tuple[str, ...]
-    facts: tuple[_Fact, ...]
-
-
-@dataclass(frozen=True)
-class _Turn:
-    question: str
-    answer: str
-    value: str
-    fact: _Fact | None = None
-
-
-def held_out(word: str) -> bool:
-    """True for the fixed tenth of words that never occurs in training."""
-    if word.lower() in vocab.QUICKSTART_WORDS:
-        return False
-    return hashlib.blake2b(word.lower().encode(), digest_size=1).digest()[0] < 26
-
-
-@lru_cache(maxsize=64)
-def _real_words(kind: str, split: str) -> tuple[str, ...]:
-    words = vocab.NAMES if kind == "name" else vocab.VALUES[kind]
-    return tuple(w for w in words if held_out(w) == (split == "heldout"))
-
-
-def _invented(rng: random.Random, level: Level) -> str:
-    if level.pieces == 1:
-        return rng.choice(level.pool)
-    first = rng.choice(level.pool if rng.random() < level.wild else vocab.FIRST_PIECES)
-    pieces = level.pieces + (rng.random() < 0.08)
-    return first + "".join(rng.choice(vocab.LAST_PIECES) for _ in range(pieces - 1))
-
-
-class _Scene:
-    """One context under construction: draws words that are unique in it, builds the units of a task."""
-
-    def __init__(self, rng: random.Random, split: str, level: Level) -> None:
-        self.rng = rng
-        self.split = split
-        self.level = level
-        self._used: set[str] = set()
-        low, high = level.attributes
-        self.attributes = rng.sample(sorted(vocab.ATTRIBUTES), rng.randint(max(low, 1), high))
-
-    def word(self, kind: str) -> str:
-        """A word of this kind not used in the context yet: real, or invented where the real ones run out."""
-        real = _real_words(kind, self.split)
-        for attempt in range(1000):
-            if real and attempt < 8 and self.rng.random() < self.level.real:
-                word = self.rng.choice(real)
-            else:
-                word = _invented(self.rng, self.level)
-                if self.level.pieces > 1 and held_out(word) != (self.split == "heldout"):
-                    continue
-            word = word.lower() if kind in vocab.LOWER_CASE and self.level.pieces > 1 else word
-            if word.lower() not in self._used:
-                self._used.add(word.lower())
-                return word
-        raise ValueError(f"no unused {kind} word left: ask for fewer people or attributes")
-
-    def pick(self, wordings: tuple[str, ...]) -> str:
-        return self.rng.choice(wordings[: self.level.wordings])
-
-    def value(self, attribute: str) -> str:
-        return self.word(vocab.ATTRIBUTES[attribute].kind)
-
-    def phrase(self, attribute: str, person: str = "third") -> str:
-        """A verb phrase with {v} left open."""
-        a = vocab.ATTRIBUTES[attribute]
-        return self.pick(a.third if person == "third" else a.first)
-
-    def sentence(self, subject: str, attribute: str) -> str:
-        """A statement with {v} left open: third person, first person ("I") or with a possessive."""
-        if self.level.wordings > 1 and self.rng.random() < 0.3:
-            owner = {"I": "My", "He": "His", "She": "Her"}.get(subject, f"{subject}'s")
-            return f"{owner} {self.pick(vocab.ATTRIBUTES[attribute].noun)}."
-        return f"{subject} {self.phrase(attribute, 'first' if subject == 'I' else 'third')}."
-
-    def fact(self, subject: str, attribute: str, lead: str = "", person: str = "third") -> _Fact:
-        return _Fact(subject, attribute, self.value(attribute), lead or subject, person)
-
-    def turn(self, fact: _Fact) -> _Turn:
-        question = self.pick(vocab.ATTRIBUTES[fact.attribute].questions).format(n=fact.subject)
-        return _Turn(question, fact.answer, fact.value, fact)
-
-
-def _single(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name = scene.word("name")
-    facts = [scene.fact(name, a) for a in attributes]
-    return [_Unit((scene.sentence(name, f.attribute).format(v=f.value),), (f,)) for f in facts]
-
-
-def _compound(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name = scene.word("name")
-    units = []
-    for i in range(0, len(attributes), 2):
-        facts = tuple(scene.fact(name, a) for a in attributes[i : i + 2])
-        parts = [scene.phrase(f.attribute).format(v=f.value) for f in facts]
-        units.append(_Unit((f"{name} {' and '.join(parts)}.",), facts))
-    return units
-
-
-def _two_hop(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    owner, other = scene.word("name"), scene.word("name")
-    relation = scene.pick(vocab.KINSHIP) if scene.level.wordings < 2 else scene.rng.choice(vocab.KINSHIP)
-    subject = f"{owner}'s {relation}"
-    facts = tuple(scene.fact(subject, a, f"{subject} {other}") for a in attributes)
-    if scene.level.variants and scene.rng.random() < 0.3:
-        said = [scene.sentence(other, f.attribute).format(v=f.value) for f in facts]
-        return [_Unit((f"{subject} is {other}.", *said), facts)]
-    own = scene.fact(owner, facts[0].attribute)
-    units = [_Unit((f"{subject} {other} {scene.phrase(f.attribute).format(v=f.value)}.",), (f,)) for f in facts]
-    return [*units, _Unit((scene.sentence(owner, own.attribute).format(v=own.value),), ())]
-
-
-def _cut(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name = scene.word("name")
-    units = []
-    for a in attributes:
-        fact = scene.fact(name, a)
-        if scene.level.variants and scene.rng.random() < 0.3:
-            chunks: tuple[str, ...] = (name, scene.phrase(a).format(v=fact.value) + ".")
-        else:
-            chunks = (scene.sentence(name, a).split(" {v}")[0], f"{fact.value}.")
-        units.append(_Unit(chunks, (fact,)))
-    return units
-
-
-def _speaker(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name = scene.word("name")
-    facts = tuple(scene.fact(name, a, f"{name}: I", "first") for a in attributes)
-    said = [scene.sentence("I", f.attribute).format(v=f.value) for f in facts]
-    return [_Unit((scene.pick(vocab.SPEAKER_INTRO).format(n=name), *said), facts)]
-
-
-def _pronoun(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name, pronoun = scene.word("name"), scene.rng.choice(("He", "She"))
-    facts = tuple(scene.fact(name, a, f"{name}: {pronoun}") for a in attributes)
-    said = [scene.sentence(pronoun, f.attribute).format(v=f.value) for f in facts]
-    return [_Unit((scene.pick(vocab.PRONOUN_INTRO).format(n=name), *said), facts)]
-
-
-def _alias(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name, alias = scene.word("name"), scene.word("name")
-    facts = tuple(scene.fact(name, a, f"{name} is {alias}. {alias}") for a in attributes)
-    said = [scene.sentence(alias, f.attribute).format(v=f.value) for f in facts]
-    return [_Unit((scene.pick(vocab.ALIAS_INTRO).format(n=name, a=alias), *said), facts)]
-
-
-def _update(scene: _Scene, attributes: list[str]) -> list[_Unit]:
-    name = scene.word("name")
-    units = []
-    for a in attributes:
-        old, fact = scene.value(a), scene.fact(name, a)
-        said = scene.sentence(name, a).format(v=old)
-        change = scene.pick(vocab.CORRECTION).format(old=old, new=fact.value)
-        between = (scene.rng.choice(vocab.FILLERS),) if scene.level.variants and scene.rng.random() < 0.3 else ()
-        units.append(_Unit((said, *between, change), (fact,)))
-    return units
-
-
-_BUILDERS: dict[str, Callable[[_Scene, list[str]], list[_Unit]]] = {
-    "fact": _single,
-    "compound": _compound,
-    "two_hop": _two_hop,
-    "cut": _cut,
-    "speaker": _speaker,
-    "pronoun": _pronoun,
-    "alias": _alias,
-    "update": _update,
-    "unknown": _single,
-}
-
-
-def _people(scene: _Scene, task: str) -> list[_Unit]:
+def _people(scene: Scene, task: str) -> list[Unit]:
     """Units of the task for several people; the first two share their attributes."""
     low, high = scene.level.people
     count = scene.rng.randint(low, high)
     shared = scene.rng.sample(scene.attributes, scene.rng.randint(1, len(scene.attributes)))
-    units: list[_Unit] = []
+    units: list[Unit] = []
     for i in range(count):
         pool = scene.attributes
         own = shared if i < 2 else scene.rng.sample(pool, scene.rng.randint(1, len(pool)))
-        made = _BUILDERS[task](scene, own)
+        made = BUILDERS[task](scene, own)
         if _size(units + made, scene.level) > MAX_CHUNKS:
             break
         units.extend(made)
     return units
 
 
-def _size(units: list[_Unit], level: Level) -> int:
+def _size(units: list[Unit], level: Level) -> int:
     """Chunks that the units take at most, single facts sharing them."""
     single = sum(len(u.chunks) == 1 for u in units)
     return -(-single // level.sentences[0]) + sum(len(u.chunks) for u in units if len(u.chunks) > 1)
 
 
-def _ask(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
+def _ask(scene: Scene, units: list[Unit]) -> list[Turn]:
     """Questions about different facts, each attribute at most half as often as it has candidates."""
     facts = [f for u in units for f in u.facts]
     candidates = {a: sum(f.attribute == a for f in facts) for a in scene.attributes}
     scene.rng.shuffle(facts)
     asked: dict[str, int] = {}
-    turns: list[_Turn] = []
+    turns: list[Turn] = []
     for fact in facts:
         count, have = asked.get(fact.attribute, 0), candidates.get(fact.attribute, 0)
         if len(turns) == scene.level.turns:
@@ -304,7 +84,7 @@ def _ask(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
     return turns
 
 
-def _unknown(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
+def _unknown(scene: Scene, units: list[Unit]) -> list[Turn]:
     """One question with no answer in memory (a stranger, or an attribute never stated), one with an answer."""
     facts = [f for u in units for f in u.facts]
     absent = [a for a in sorted(vocab.ATTRIBUTES) if a not in {f.attribute for f in facts}]
@@ -312,7 +92,7 @@ def _unknown(scene: _Scene, units: list[_Unit]) -> list[_Turn]:
     stranger = subject not in {f.subject for f in facts}
     attribute = scene.rng.choice(facts).attribute if stranger else scene.rng.choice(absent)
     question = scene.pick(vocab.ATTRIBUTES[attribute].questions).format(n=subject)
-    turns = [_Turn(question, UNKNOWN, UNKNOWN), *_ask(scene, units)[:1]]
+    turns = [Turn(question, UNKNOWN, UNKNOWN), *_ask(scene, units)[:1]]
     if scene.split == "train":
         scene.rng.shuffle(turns)
     return turns[: max(scene.level.turns, 1)]
@@ -323,10 +103,10 @@ class _Block:
     """Chunks that stand together, and the facts in them."""
 
     chunks: tuple[str, ...]
-    facts: tuple[_Fact, ...] = ()
+    facts: tuple[Fact, ...] = ()
 
 
-def _blocks(scene: _Scene, units: list[_Unit]) -> list[_Block]:
+def _blocks(scene: Scene, units: list[Unit]) -> list[_Block]:
     """Units in random order among fillers; with `sentences`, single facts share chunks."""
     room = max(MAX_CHUNKS - _size(units, scene.level), 0)
     fillers = min(scene.rng.randint(*scene.level.fillers), room, len(vocab.FILLERS))
@@ -343,7 +123,7 @@ def _blocks(scene: _Scene, units: list[_Unit]) -> list[_Block]:
     return blocks
 
 
-def _place(scene: _Scene, blocks: list[_Block], turns: list[_Turn]) -> list[int]:
+def _place(scene: Scene, blocks: list[_Block], turns: list[Turn]) -> list[int]:
     """The turn that each block is recalled for. A block moved to a later turn is not needed before it."""
     places = [0] * len(blocks)
     if len(turns) > 1 and scene.rng.random() < scene.level.later:
@@ -359,16 +139,16 @@ def _place(scene: _Scene, blocks: list[_Block], turns: list[_Turn]) -> list[int]
 
 def example(task: str, split: str, rng: random.Random, level: Level = GATE) -> Example:
     """One example. Raises ValueError on an unknown task or split."""
-    if task not in _BUILDERS or split not in SPLITS:
+    if task not in BUILDERS or split not in SPLITS:
         raise ValueError(f"unknown task {task!r} or split {split!r}: tasks are {TASKS}, splits {SPLITS}")
     while True:
-        scene = _Scene(rng, split, level)
+        scene = Scene(rng, split, level)
         main = _people(scene, task)
         turns = _unknown(scene, main) if task == "unknown" else _ask(scene, main)
         if turns:
             break
     for _ in range(rng.randint(0, level.mixed)):
-        other = _BUILDERS[rng.choice(TASKS)](scene, scene.attributes[:1])
+        other = BUILDERS[rng.choice(TASKS)](scene, scene.attributes[:1])
         if _size(main + other, level) <= MAX_CHUNKS:
             main = main + other
     blocks = _blocks(scene, main)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from amem.bench.world import CROSS_CHUNK_TASKS, GATE, TASKS, Level
+from amem.bench.scene import Level
+from amem.bench.world import CROSS_CHUNK_TASKS, GATE, TASKS
 
 LADDER = (
-    Level(1, (2, 4), (1, 2), wordings=1, real=0.0, fillers=(0, 0), mixed=0, turns=6, variants=False, system=0.0),
-    Level(2, (2, 4), (1, 2), 1, 0.2, 0.8, (0, 0), 0, 6, False, 0.0),
-    Level(2, (2, 4), (1, 3), 1, 0.3, 0.3, (0, 1), 0, 6, False, 0.0),
-    Level(2, (2, 5), (1, 4), 2, 0.4, 0.1, (0, 2), 1, 7, True, 0.05, later=0.15),
-    replace(GATE, turns=8, later=0.15),
-    replace(GATE, people=(2, 10), attributes=(1, 5), fillers=(0, 8), mixed=4, turns=8, later=0.15),
+    Level(1, (2, 4), (1, 2), 1, real=0.0, fillers=(0, 0), mixed=0, turns=6, variants=False, system=0.0),
+    Level(2, (2, 4), (1, 2), 1, 0.2, 0.7, 0.4, (0, 0), 0, 6, False, 0.0),
+    Level(2, (2, 4), (1, 3), 1, 0.3, 0.3, 0.3, (0, 1), 0, 6, False, 0.0),
+    Level(2, (2, 5), (1, 4), 2, 0.4, 0.1, 0.25, (0, 2), 1, 7, True, 0.05, later=0.15),
+    replace(GATE, turns=8, spelled=0.25, later=0.15),
+    replace(GATE, people=(2, 10), attributes=(1, 5), spelled=0.25, fillers=(0, 8), mixed=4, turns=8, later=0.15),
 )
 PASS = 0.9
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from amem.bench.world import LONG, UNKNOWN, Level, example
+from amem.bench.scene import Level
+from amem.bench.world import LONG, UNKNOWN, example
 from bench.train_model.curriculum import LADDER, Curriculum
 from bench.train_model.prompts import BEGIN, PAD, Encoder
 

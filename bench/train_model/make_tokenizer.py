@@ -16,7 +16,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from amem.bench import vocabulary as vocab
-from amem.bench.world import UNKNOWN, held_out
+from amem.bench.scene import held_out
+from amem.bench.world import UNKNOWN
 from amem.text import PREAMBLE
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")

@@ -9,17 +9,8 @@ from dataclasses import replace
 import pytest
 
 from amem.bench import vocabulary
-from amem.bench.world import (
-    CROSS_CHUNK_TASKS,
-    GATE,
-    LONG,
-    MAX_CHUNKS,
-    TASKS,
-    UNKNOWN,
-    Example,
-    examples,
-    held_out,
-)
+from amem.bench.scene import held_out
+from amem.bench.world import CROSS_CHUNK_TASKS, GATE, LONG, MAX_CHUNKS, TASKS, UNKNOWN, Example, examples
 
 KNOWN = {
     word.lower()
