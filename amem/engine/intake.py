@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from amem.engine.blocks import chain_root
 from amem.engine.sequence import BlendMode, Place, Sequence, Tags
+from amem.engine.store.config import StoreError
 from amem.engine.tally import Tally
 from amem.engine.types import (
     BlendOptions,
@@ -122,9 +123,15 @@ class Intake:
                 if spec.token_ids != segment.token_ids:
                     raise EngineError("invalid_request", f"segment at {start}: its ids are not those of its chunk")
                 exact = len(spec.context) == start and tuple(prompt[:start].tolist()) == spec.context
-                places.append(Place(len(places), start, stop, spec, self.key(tenant, spec), exact))
+                places.append(Place(len(places), start, stop, spec, self._key(tenant, spec), exact))
             start = stop
         return tuple(places)
+
+    def _key(self, tenant: Tenant, spec: ChunkSpec) -> bytes:
+        try:
+            return self.key(tenant, spec)
+        except StoreError as error:
+            raise EngineError("invalid_request", f"a chunk has no key: {error}") from error
 
 
 def _tags(named: Iterable[tuple[int, set[str]]]) -> Tags:

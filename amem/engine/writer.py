@@ -86,10 +86,17 @@ class Writer:
         return [] if job.open else [job.result()]
 
     def want(self, tenant: Tenant, spec: ChunkSpec) -> None:
-        """A request missed this chunk: compute its KV for the next one."""
+        """A request missed this chunk: compute its KV for the next one.
+
+        A chunk that does not fit behind its own context although its prompt does stays ordinary rows.
+        """
         key = self.store.key(tenant, spec)
-        if key.hex() not in self._pending and self.store.contains(key) is None:
+        if key.hex() in self._pending or self.store.contains(key) is not None:
+            return
+        try:
             self._start(key, tenant, spec, [])
+        except EngineError as error:
+            _log.warning("the KV of a chunk of %d tokens cannot be computed: %s", len(spec.token_ids), error)
 
     def finish(self, sequence: Sequence) -> list[ChunksWritten]:
         """The rows of a background sequence have run: store what they captured."""
