@@ -86,7 +86,8 @@ def _invented(rng: random.Random, level: Level) -> str:
     if level.pieces == 1:
         return rng.choice(level.pool)
     if rng.random() < level.spelled:
-        return "".join(rng.choice(vocab.LETTERS[i % 2]) for i in range(rng.randint(3, 8))).capitalize()
+        parity = rng.randrange(2)
+        return "".join(rng.choice(vocab.LETTERS[(parity + i) % 2]) for i in range(rng.randint(3, 8))).capitalize()
     first = rng.choice(level.pool if rng.random() < level.wild else vocab.FIRST_PIECES)
     pieces = level.pieces + (rng.random() < 0.08)
     return first + "".join(rng.choice(vocab.LAST_PIECES) for _ in range(pieces - 1))
@@ -151,8 +152,8 @@ def _single(scene: Scene, attributes: list[str]) -> list[Unit]:
     return [Unit((scene.sentence(name, f.attribute).format(v=f.value),), (f,)) for f in facts]
 
 
-def _compound(scene: Scene, attributes: list[str]) -> list[Unit]:
-    name = scene.word("name")
+def _compound(scene: Scene, attributes: list[str], name: str = "") -> list[Unit]:
+    name = name or scene.word("name")
     units = []
     for i in range(0, len(attributes), 2):
         facts = tuple(scene.fact(name, a) for a in attributes[i : i + 2])
@@ -169,9 +170,10 @@ def _two_hop(scene: Scene, attributes: list[str]) -> list[Unit]:
     if scene.level.variants and scene.rng.random() < 0.3:
         said = [scene.sentence(other, f.attribute).format(v=f.value) for f in facts]
         return [Unit((f"{subject} is {other}.", *said), facts)]
-    own = scene.fact(owner, facts[0].attribute)
     units = [Unit((f"{subject} {other} {scene.phrase(f.attribute).format(v=f.value)}.",), (f,)) for f in facts]
-    return [*units, Unit((scene.sentence(owner, own.attribute).format(v=own.value),), ())]
+    spare = [a for a in scene.attributes if a != facts[0].attribute]
+    own = [facts[0].attribute, *scene.rng.sample(spare, min(len(spare), scene.rng.randint(0, 1)))]
+    return [*units, *_compound(scene, own, owner)]
 
 
 def _cut(scene: Scene, attributes: list[str]) -> list[Unit]:
