@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -29,7 +30,10 @@ class Once:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
+    """`about`: the memory whose text the answer holds; None where it holds no text."""
+
     digest: bytes
+    about: object
     answer: asyncio.Task[Json]
 
 
@@ -41,26 +45,31 @@ class Replays:
 
     def __init__(self) -> None:
         self._seen: OrderedDict[Once, _Seen] = OrderedDict()
+        self._secret = secrets.token_bytes(32)  # a digest must not tell what a forgotten text was
 
     async def once(self, once: Once, request: Json, effect: Callable[[], Awaitable[Json]]) -> Json:
         """Runs `effect` to its end even when the client leaves. A failed effect is forgotten, so it can be retried.
 
         Raises ApiError 400 when the key was used for another request.
         """
-        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+        digest = hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), key=self._secret).digest()
         seen = None if once.key is None else self._seen.get(once)
         if seen is not None and seen.digest != digest:
             message = "This Idempotency-Key was used for another request; use a new one."
             raise bad_request(message, "Idempotency-Key", "idempotency_key_reused")
         if seen is None:
-            seen = _Seen(digest, asyncio.ensure_future(effect()))
+            seen = _Seen(digest, request.get("id"), asyncio.ensure_future(effect()))
             self._keep(once, seen)
         return await asyncio.shield(seen.answer)
 
-    def forget(self, user: str) -> None:
-        """Drops answers that may hold a user's texts."""
-        for once in [once for once in self._seen if once.user == user and once.kind != "forget"]:
-            del self._seen[once]
+    def forget(self, user: str, ids: Sequence[str] | None) -> None:
+        """Drops answers that hold the texts of these memories (None: of all of the user).
+
+        Others stay: a write that is repeated after an erasure, even of its user, must not bring anything back.
+        """
+        for once, seen in list(self._seen.items()):
+            if once.user == user and seen.about is not None and (ids is None or seen.about in ids):
+                del self._seen[once]
 
     def _keep(self, once: Once, seen: _Seen) -> None:
         def ended(task: asyncio.Task[Json]) -> None:

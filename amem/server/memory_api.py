@@ -23,7 +23,7 @@ from amem.server.memory_schema import (
 )
 from amem.server.services import Services, needed_user, services_of
 from amem.server.shapes import added_json, memory_json, recalled_json, receipt_json
-from amem.server.strict_json import Json, check_text, read_object
+from amem.server.strict_json import Json, check_text, read_object, refuse_body
 
 _MAX_IDS = 256
 
@@ -43,9 +43,9 @@ def routes() -> list[web.RouteDef]:
 async def remember(request: web.Request) -> web.Response:
     services = services_of(request)
     body = await read_object(request, services.config.limits)
-    wanted = remember_request(body, services.config.limits)
-    user = needed_user(request, wanted.user)
     key = idempotency_key(request)
+    wanted = remember_request(body, services.config.limits, key)
+    user = needed_user(request, wanted.user)
 
     async def effect() -> Json:
         return await store(services, user, wanted, key)
@@ -106,11 +106,11 @@ async def read(request: web.Request) -> web.Response:
 
 
 async def update(request: web.Request) -> web.Response:
-    services, user = services_of(request), needed_user(request)
+    services = services_of(request)
     query_only(request, ("user", "id"))
     body = await read_object(request, services.config.limits)
     wanted = update_request(body)
-    id = _one_id(request)
+    user, id = needed_user(request, wanted.user), _one_id(request, wanted.id)
     if id is None:
         raise bad_request("id is required.", "id", "missing_required_parameter")
     if wanted.text is not None:
@@ -137,6 +137,7 @@ async def forget(request: web.Request) -> web.Response:
     """Erases one memory, several, or all of a user. What is named is gone from text, index and KV on return."""
     services, user = services_of(request), needed_user(request)
     query_only(request, ("user", "id"))
+    refuse_body(request)
     ids = _ids(request)
 
     async def change() -> Forgotten:
@@ -155,7 +156,7 @@ async def forget(request: web.Request) -> web.Response:
             if ids is not None:
                 raise
             gone, receipt = Forgotten((), 0, 0, 0, 0.0), ForgetReceipt()
-        services.replays.forget(user)
+        services.replays.forget(user, None if ids is None else gone.ids)
         services.count("memories_forgotten", len(gone.ids))
         text = {"rows": gone.rows, "vectors": gone.vectors, "sessions": gone.sessions}
         return {"user": user, "forgotten": list(gone.ids), "text": text, "kv": receipt_json(receipt)}
@@ -175,9 +176,9 @@ async def recall(request: web.Request) -> web.Response:
     return web.json_response({"user": user, "query": wanted.query, "memories": memories})
 
 
-def _ids(request: web.Request) -> tuple[str, ...] | None:
-    in_path = request.match_info.get("id")
-    ids = tuple(dict.fromkeys(request.query.getall("id", []) + ([] if in_path is None else [in_path])))
+def _ids(request: web.Request, in_body: str | None = None) -> tuple[str, ...] | None:
+    single = [id for id in (request.match_info.get("id"), in_body) if id is not None]
+    ids = tuple(dict.fromkeys(request.query.getall("id", []) + single))
     for id in ids:
         check_text(id, "id")
     if len(ids) > _MAX_IDS:
@@ -185,8 +186,8 @@ def _ids(request: web.Request) -> tuple[str, ...] | None:
     return ids or None
 
 
-def _one_id(request: web.Request) -> str | None:
-    ids = _ids(request)
+def _one_id(request: web.Request, in_body: str | None = None) -> str | None:
+    ids = _ids(request, in_body)
     if ids is not None and len(ids) > 1:
         raise bad_request("Name one id.", "id", "conflicting_values")
     return None if ids is None else ids[0]

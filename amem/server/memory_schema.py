@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class RememberRequest:
 class UpdateRequest:
     """A new text, new metadata, or both; `version` is the one that the client has seen."""
 
+    user: str | None
+    id: str | None
     text: str | None
     metadata: Json | None
     version: int | None
@@ -56,8 +59,8 @@ class SessionRequest:
     budget_tokens: int | None
 
 
-def remember_request(body: Json, limits: Limits) -> RememberRequest:
-    """Raises ApiError 400 naming the field at fault."""
+def remember_request(body: Json, limits: Limits, key: str | None) -> RememberRequest:
+    """`key`: the Idempotency-Key. Raises ApiError 400 naming the field at fault."""
     fields = Fields(body)
     fields.only(_REMEMBER)
     conversation = fields.text("conversation", 256)
@@ -65,7 +68,7 @@ def remember_request(body: Json, limits: Limits) -> RememberRequest:
         raise bad_request("Send either texts or messages.", "texts", "missing_required_parameter")
     if fields.get("messages") is not None:
         items = _spoken(fields)
-        conversation = conversation or f"conv-{secrets.token_hex(8)}"
+        conversation = conversation or _new_conversation(key)
     else:
         items = _texts(fields)
     if not items:
@@ -81,7 +84,11 @@ def update_request(body: Json) -> UpdateRequest:
     fields.only(("user", "id", "text", "metadata", "version"))
     metadata = fields.mapping("metadata")
     request = UpdateRequest(
-        fields.text("text"), None if metadata is None else dict(metadata), fields.integer("version", 0, 1 << 53)
+        user=fields.text("user", blank=True),
+        id=fields.text("id", 256),
+        text=fields.text("text"),
+        metadata=None if metadata is None else dict(metadata),
+        version=fields.integer("version", 0, 1 << 53),
     )
     if request.text is None and request.metadata is None:
         raise bad_request("Send a new text, new metadata, or both.", "text", "missing_required_parameter")
@@ -132,6 +139,11 @@ def query_only(request: web.Request, known: Iterable[str]) -> None:
     unknown = sorted(set(request.query) - set(known))
     if unknown:
         raise bad_request(f"Unknown query parameter: {unknown[0][:64]}.", unknown[0][:64], "unknown_parameter")
+
+
+def _new_conversation(key: str | None) -> str:
+    """A repeated request has to name the same conversation, or it would be another request."""
+    return f"conv-{secrets.token_hex(8) if key is None else hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
 def _texts(fields: Fields) -> tuple[NewMemory, ...]:

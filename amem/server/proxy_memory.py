@@ -20,7 +20,7 @@ from amem.server.memory_schema import (
 )
 from amem.server.services import needed_user
 from amem.server.shapes import added_json, memory_json, recalled_json, user_json
-from amem.server.strict_json import check_text, read_object
+from amem.server.strict_json import check_text, read_object, refuse_body
 from amem.server.threads import Threads
 
 _RECALLED = 8
@@ -43,9 +43,9 @@ class ProxyMemory:
         ]
 
     async def remember(self, request: web.Request) -> web.Response:
-        wanted = remember_request(await read_object(request, self._limits), self._limits)
-        user = needed_user(request, wanted.user)
         key = idempotency_key(request)
+        wanted = remember_request(await read_object(request, self._limits), self._limits, key)
+        user = needed_user(request, wanted.user)
         added = await self._threads.run(self._memory.add, user, wanted.items, wanted.conversation, key)
         memories = [added_json(one) for one in added]
         new = [one.id for one in added if one.outcome != "seen"]
@@ -64,6 +64,7 @@ class ProxyMemory:
 
     async def forget(self, request: web.Request) -> web.Response:
         query_only(request, ("user", "id"))
+        refuse_body(request)
         user, ids = needed_user(request, None), request.query.getall("id", [])
         for id in ids:
             check_text(id, "id")

@@ -54,14 +54,14 @@ class Services:
     @classmethod
     def open(cls, config: ServerConfig) -> Services:
         """Opens the data directory and reads the tokenizer; the engine is not started. Blocking."""
-        planner = Planner(ChatFormat.load(config.model_dir), config.plan)
+        planner, context = Planner(ChatFormat.load(config.model_dir), config.plan), _max_context(config)
         memory_config = dataclasses.replace(config.memory, count_tokens=planner.count)
         memory = MemoryService(config.data_dir, memory_config)
         engine, threads = EngineClient(config.engine), Threads()
         journal = ErasureJournal(config.data_dir / "erasures")
         kv = KvKeeper(Rooms(memory, engine, planner, threads), journal, config.limits.forget_wait_s)
         turns = TurnPlanner(memory, planner, config.answers)
-        return cls(config, memory, engine, planner, turns, kv, threads, Gate.of(config), _max_context(config))
+        return cls(config, memory, engine, planner, turns, kv, threads, Gate.of(config), context)
 
     def memory_tokens(self) -> int:
         """Most memory tokens that one prompt holds."""

@@ -8,7 +8,7 @@ from amem.server.idempotency import Once, idempotency_key
 from amem.server.memory_schema import query_only, session_request
 from amem.server.services import needed_user, services_of, session_user
 from amem.server.shapes import session_json
-from amem.server.strict_json import Json, check_text, read_object
+from amem.server.strict_json import Json, check_text, read_object, refuse_body
 
 
 def routes() -> list[web.RouteDef]:
@@ -43,6 +43,7 @@ async def read(request: web.Request) -> web.Response:
 
 
 async def end(request: web.Request) -> web.Response:
+    refuse_body(request)
     services, id = services_of(request), session_id(request)
     user = await session_user(request, id)
     await services.threads.run(services.memory.end_session, user, id)

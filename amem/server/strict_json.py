@@ -37,6 +37,14 @@ async def read_object(request: web.Request, limits: Limits) -> Json:
     return value
 
 
+def refuse_body(request: web.Request) -> None:
+    """Raises ApiError 400 for a DELETE with a body: whoever names memories in one must not lose all the others."""
+    if request.body_exists:
+        raise bad_request(
+            "DELETE takes no body. Name what is to go by the path, ?user= and ?id=.", code="invalid_value"
+        )
+
+
 async def _read_limited(request: web.Request, limits: Limits) -> bytes:
     too_large = ApiError(413, "body_too_large", f"The body is larger than {limits.max_body_bytes} bytes.")
     if (request.content_length or 0) > limits.max_body_bytes:

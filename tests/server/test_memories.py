@@ -200,6 +200,50 @@ def test_a_repeated_write_has_one_effect(server: ServerThread, user: str) -> Non
     assert len({server.post("/v1/sessions", {"user": user}, headers=key).json()["id"] for _ in range(2)}) == 1
 
 
+def test_a_repeated_add_does_not_bring_a_forgotten_user_back(server: ServerThread, user: str) -> None:
+    key = {"Idempotency-Key": f"{user}-late"}
+    body = {"user": user, "texts": ["Gone for good."]}
+    first = server.post("/v1/memories", body, headers=key)
+    assert server.delete("/v1/memories", params={"user": user}).status == 200
+    assert server.post("/v1/memories", body, headers=key).json() == first.json()
+    assert server.texts(user) == []
+    assert user not in [found["user"] for found in server.get("/v1/users").json()["users"]]
+
+
+def test_repeated_messages_are_the_same_request_after_a_restart(start: Callable[..., ServerThread]) -> None:
+    body = {"user": "carl", "messages": [{"role": "user", "content": "I live in Rome."}]}
+    key = {"Idempotency-Key": "messages-1"}
+    server = start(engine=False)
+    first = server.post("/v1/memories", body, headers=key)
+    other = server.post("/v1/memories", body, headers={"Idempotency-Key": "messages-2"})
+    assert first.json()["conversation"] != other.json()["conversation"]
+    server.stop()
+    server = start(engine=False)
+    again = server.post("/v1/memories", body, headers=key)
+    assert (again.status, again.json()) == (200, first.json())
+    assert server.texts("carl") == ["I live in Rome."] * 2
+
+
+def test_a_patch_names_its_memory_in_the_body_too_and_names_have_to_agree(server: ServerThread, user: str) -> None:
+    first, second = server.remember(user, "First.", "Second.")
+    changed = server.patch("/v1/memories", {"user": user, "id": first, "text": "Changed."})
+    assert (changed.status, changed.json()["id"]) == (200, first)
+    for body in ({"user": "bob"}, {"id": second}):
+        refused = server.patch(f"/v1/memories/{user}/{first}", {"text": "Lost."} | body)
+        assert (refused.status, error_of(refused)["code"]) == (400, "conflicting_values")
+    assert server.texts(user) == ["Changed.", "Second."]
+
+
+def test_a_delete_that_names_memories_in_a_body_erases_nothing(server: ServerThread, user: str) -> None:
+    ids = server.remember(user, "One.", "Two.")
+    session = server.post("/v1/sessions", {"user": user}).json()["id"]
+    for address in (f"/v1/memories?user={user}", f"/v1/memories/{user}", f"/v1/sessions/{session}"):
+        refused = server.request("DELETE", address, json.dumps({"id": ids[0]}).encode(), JSON)
+        assert (refused.status, error_of(refused)["code"]) == (400, "invalid_value")
+    assert server.texts(user) == ["One.", "Two."]
+    assert server.get(f"/v1/sessions/{session}").status == 200
+
+
 def test_a_stale_version_is_a_conflict(server: ServerThread, user: str) -> None:
     [id] = server.remember(user, "First.")
     address = f"/v1/memories/{user}/{id}"

@@ -187,9 +187,35 @@ def test_replays() -> None:
         leaving.cancel()
         await asyncio.sleep(0.02)
         assert runs == 5  # the effect ran to its end without its client
-        replays.forget("alice")
-        assert await replays.once(once, {"a": 1}, effect) == {"run": 6}
-        assert await replays.once(Once("bob", "update", "k"), {"a": 1}, effect) == {"run": 3}
+
+    asyncio.run(scenario())
+
+
+def test_replays_forget_texts_and_nothing_else() -> None:
+    async def scenario() -> None:
+        replays, runs = Replays(), 0
+
+        async def effect() -> dict[str, Any]:
+            nonlocal runs
+            runs += 1
+            return {"run": runs}
+
+        writes: list[tuple[Once, dict[str, Any]]] = [
+            (Once("alice", "update", "1"), {"id": "m1", "text": "a"}),
+            (Once("alice", "update", "2"), {"id": "m2", "text": "b"}),
+            (Once("alice", "add", "1"), {"texts": ["a"]}),
+            (Once("alice", "session", "1"), {}),
+            (Once("bob", "update", "1"), {"id": "m1", "text": "c"}),
+        ]
+        for expected, (once, request) in enumerate(writes, 1):
+            assert await replays.once(once, request, effect) == {"run": expected}
+        replays.forget("alice", ["m1"])
+        runs = 100
+        again = [await replays.once(once, request, effect) for once, request in writes]
+        assert [answer["run"] for answer in again] == [101, 2, 3, 4, 5]
+        replays.forget("alice", None)
+        again = [await replays.once(once, request, effect) for once, request in writes]
+        assert [answer["run"] for answer in again] == [102, 103, 3, 4, 5]
 
     asyncio.run(scenario())
 
