@@ -8,8 +8,10 @@ import pty
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ def test_remember_recall_list_forget(at: Callable[..., Done]) -> None:
     found = at("recall", *user, "Where does Ann live?", "-k", "1", "--explain", "--json").json
     assert [item["text"] for item in found] == ["Ann lives in Rome."]
     assert found[0]["explain"]
+    (line,) = at("recall", *user, "Where does Ann live?", "-k", "1", "--explain").out.splitlines()
+    assert json.loads(line.split("\t")[3]) == found[0]["explain"]
     listed = at("list", *user)
     assert [line.split("\t")[:2] for line in listed.out.splitlines()] == [
         [ids[0], "Ann lives in Rome."],
@@ -191,6 +195,7 @@ def test_a_key_is_asked_for(new_server: Callable[..., ServerChild]) -> None:
     ("arguments", "word"),
     [
         (("--host", "0.0.0.0"), "AMEM_API_KEY"),
+        (("--api-key", ""), "AMEM_API_KEY"),
         (("--model", "/does/not/exist"), "--model"),
         (("--model", "."), "safetensors"),
         (("--host", "256.1.1.1", "--api-key", "k"), "256.1.1.1"),
@@ -199,6 +204,16 @@ def test_a_key_is_asked_for(new_server: Callable[..., ServerChild]) -> None:
 def test_a_server_that_cannot_start_says_why(arguments: tuple[str, ...], word: str, tmp_path: Path) -> None:
     done = amem("kv-serve", "--port", "0", "--data-dir", str(tmp_path / "data"), *arguments)
     assert done.status == 1
+    assert word in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(("--api-key", ""), "key is empty"), (("--host", "0.0.0.0"), "AMEM_API_KEY")]
+)
+def test_a_proxy_that_must_not_start_says_why(arguments: tuple[str, ...], word: str, tmp_path: Path) -> None:
+    done = amem("proxy", "--upstream", "http://127.0.0.1:9/v1", "--data-dir", str(tmp_path / "data"), *arguments)
+    assert (done.status, done.out) == (1, "")
     assert word in done.err
     assert "Traceback" not in done.err
 
@@ -227,6 +242,31 @@ def test_stored_text_cannot_steer_a_terminal(at: Callable[..., Done], running_se
     assert "\x1b[31m" not in shown
     assert "\x1b]0;" not in shown
     assert "[bold]not markup[/bold]" in shown
+
+
+def test_an_answer_cannot_steer_a_terminal() -> None:
+    class Hostile(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            chunk = {"choices": [{"index": 0, "delta": {"content": "red \x1b[31malert"}, "finish_reason": "stop"}]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return
+
+    leader, follower = pty.openpty()
+    with HTTPServer(("127.0.0.1", 0), Hostile) as peer:
+        threading.Thread(target=peer.handle_request, daemon=True).start()
+        kept = os.environ | {"AMEM_URL": f"http://127.0.0.1:{peer.server_port}", "TERM": "xterm"}
+        command = [sys.executable, "-m", "amem", "ask", "What now?"]
+        subprocess.run(command, stdout=follower, stdin=subprocess.DEVNULL, env=kept, timeout=60, check=True)
+    os.close(follower)
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert "red \ufffd[31malert" in shown
+    assert "\x1b[31m" not in shown
 
 
 def test_what_is_shown() -> None:

@@ -44,7 +44,7 @@ def proxy(
 
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         remembering = Remembering(memories, tokens)
-        config = ProxyConfig(upstream, where, host, port, api_key or None, remembering)
+        config = ProxyConfig(upstream, where, host, port, api_key, remembering)
 
         def ready(url: str) -> None:
             if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amem.cli.console import MISUSED, Failure, explain, print_json, print_line, print_table
+from amem.cli.console import MISUSED, Failure, explain, print_json, print_line, print_table, shown
 
 if TYPE_CHECKING:
     from amem.client import Amem, Answer
@@ -80,7 +80,7 @@ def recall(
     """
     with connected(url, api_key) as client:
         found = client.recall(user, query, k=k, explain=explained)
-    columns = ("score", "id", "text", "parts") if explained else ("score", "id", "text")
+    columns = ("score", "id", "text", "explain") if explained else ("score", "id", "text")
     print_json(found) if as_json else print_table(found, columns)
 
 
@@ -149,7 +149,7 @@ def ask(
             return
         stream = client.ask_stream(user, question, **options)
         for piece in stream:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
         print_line()
         if sys.stderr.isatty():

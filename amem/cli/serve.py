@@ -147,7 +147,7 @@ def _config(
         engine=EngineLaunch(engine),
         host=address.host,
         port=address.port,
-        api_key=address.api_key or None,
+        api_key=address.api_key,
         answers=AnswerDefaults(fidelity=Fidelity(level.value)),
     )
 

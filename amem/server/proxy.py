@@ -63,6 +63,8 @@ class ProxyConfig:
         parts = urlsplit(self.upstream)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"the upstream {self.upstream!r} is not an http(s) URL; give one that ends in /v1")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("the key is empty; leave it out on loopback or set AMEM_API_KEY to a secret")
         if self.api_key is None and not is_loopback(self.host):
             raise ConfigError(f"{self.host} can be reached from outside: set AMEM_API_KEY, or bind 127.0.0.1")
 
@@ -80,7 +82,7 @@ class Proxy:
         self._http = http
         self._threads = Threads()
         self._turns = ProxyTurns(memory, config.remembering)
-        self._key = None if config.api_key is None else hashlib.sha256(config.api_key.encode()).digest()
+        self._key = None if config.api_key is None else hashlib.sha256(config.api_key.strip().encode()).digest()
 
     def build(self) -> web.Application:
         app = web.Application(middlewares=[failures, self._allowed], client_max_size=_BODY_BYTES)
