@@ -44,7 +44,7 @@ def attend_group(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan:
     }
     shape, alone = group.shape, group.rows_per_tile == 1
     options = {"num_warps": shape.warps, "num_stages": shape.stages}
-    made = {"PARTS": parts, "ALONE": alone, "QUERIES": shape.queries, "KEYS": shape.keys}
+    made = {"SPLIT": parts > 1, "ALONE": alone, "QUERIES": shape.queries, "KEYS": shape.keys}
     part_out, part_weight, broken = _scratch(out, group, kv_heads)
     scratch = (part_out, part_weight, broken, group.rows)
     _attend[(tiles, kv_heads, parts)](*common, *strides, *scratch, **sizes, **made, **options)
@@ -52,7 +52,7 @@ def attend_group(q: Tensor, k_slots: Tensor, v_slots: Tensor, out: Tensor, plan:
         join = {"HEADS": heads, "DIM": head_dim, "DIM_BLOCK": sizes["DIM_BLOCK"], "PARTS": parts}
         _join[(tiles, group.rows_per_tile * heads)](part_out, part_weight, out, group.tiles, group.rows, **join)
     if not alone:
-        _mend[(tiles, kv_heads)](*common, *strides, broken, **sizes, **_mending(plan, sizes, parts))
+        _mend[(tiles, kv_heads)](*common, *strides, broken, parts, **sizes, **_mending(plan, sizes))
 
 
 def _scratch(out: Tensor, group: TileGroup, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,10 +66,9 @@ def _scratch(out: Tensor, group: TileGroup, kv_heads: int) -> tuple[Tensor, Tens
     return part_out, part_weight, broken
 
 
-def _mending(plan: TilePlan, sizes: dict[str, int], parts: int) -> dict[str, int]:
+def _mending(plan: TilePlan, sizes: dict[str, int]) -> dict[str, int]:
     shape = narrow_tile(chip_of(plan.positions.device), plan.dtype.itemsize, sizes["GROUP"], sizes["DIM"])
     return {
-        "PARTS": parts,
         "QUERIES": shape.queries,
         "KEYS": shape.keys,
         "num_warps": shape.warps,
@@ -100,12 +99,12 @@ def _attend(
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ALONE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    kv_head, part = tl.program_id(1), tl.program_id(2)
+    kv_head, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     tile = tiles + tl.program_id(0) * 4
     table = tables + tl.load(tile).to(tl.int64) * table_row
     first, count = tl.load(tile + 1), tl.load(tile + 2)
@@ -117,24 +116,24 @@ def _attend(
     query = tl.load(q + place[:, None] + dim[None, :], mask=inside, other=0.0)
     position = tl.load(positions + first + row, mask=live, other=-1).to(tl.int32)
     start, stop = 0, tl.max(position, 0) + 1
-    if PARTS > 1:
-        span = tl.cdiv(tl.cdiv(stop, KEYS), PARTS) * KEYS
+    if SPLIT:
+        span = tl.cdiv(tl.cdiv(stop, KEYS), parts) * KEYS
         start = part * span
         stop = tl.minimum(start + span, stop)
     cache = (k + kv_head * DIM, v + kv_head * DIM, k_slot, v_slot, table)
     found, weight, peak = _walk(query, position, cache, start, stop, scale, DIM, DIM_BLOCK, PAGE, QUERIES, KEYS)
     weight = tl.where(weight == 0.0, 1.0, weight)
     found = found / weight[:, None]
-    if PARTS == 1:
-        place = (first + row).to(tl.int64) * (KV_HEADS * GROUP * DIM) + head * DIM
-        tl.store(out + place[:, None] + dim[None, :], found.to(out.dtype.element_ty), mask=inside)
-    else:
+    if SPLIT:
         part_row = (part.to(tl.int64) * rows + tl.load(tile + 3) + row) * (KV_HEADS * GROUP) + head
         tl.store(part_out + part_row[:, None] * DIM + dim[None, :], found, mask=inside)
         tl.store(part_weight + part_row, peak + tl.log2(weight), mask=live)
+    else:
+        place = (first + row).to(tl.int64) * (KV_HEADS * GROUP * DIM) + head * DIM
+        tl.store(out + place[:, None] + dim[None, :], found.to(out.dtype.element_ty), mask=inside)
     if not ALONE:
         bad = tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1))
-        tl.store(broken + (tl.program_id(0) * KV_HEADS + kv_head) * PARTS + part, bad)
+        tl.store(broken + (tl.program_id(0) * KV_HEADS + kv_head) * parts + part, bad)
 
 
 @triton.jit
@@ -213,7 +212,7 @@ def _join(
         tl.store(target + dim, joined, mask=dim < DIM)
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=["table_row", "parts"])
 def _mend(
     q,
     k,
@@ -228,12 +227,12 @@ def _mend(
     v_slot,
     table_row,
     broken,
+    parts,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
-    PARTS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -243,8 +242,10 @@ def _mend(
     """
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
-    word = broken + (tl.program_id(0) * KV_HEADS + kv_head) * PARTS + tl.arange(0, PARTS)
-    count = tl.where(tl.max(tl.load(word), 0) > 0, tl.load(tile + 2), 0)
+    bad = 0
+    for part in range(parts):
+        bad |= tl.load(broken + (tl.program_id(0) * KV_HEADS + kv_head) * parts + part)
+    count = tl.where(bad > 0, tl.load(tile + 2), 0)
     table = tables + tl.load(tile).to(tl.int64) * table_row
     lane, dim = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK)
     head = kv_head * GROUP + lane

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # a compiler of its own for each chip, on cores that others may hold
+
 SUPPORT = Path(__file__).parent / "support"
 ROOT = Path(__file__).parents[3]
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
