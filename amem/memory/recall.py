@@ -17,6 +17,7 @@ _COMPANY = 0.5  # share of a hit's score that its neighbour gets; squared for th
 MIN_DEPTH = 50
 CONTEXT_WEIGHT = 0.75
 _CONTEXT_DEPTH = 32
+_QUERY_CHARACTERS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,12 @@ class Hit:
     seq: int
     score: float
     parts: dict[str, float]
+
+
+def shortened(query: str) -> str:
+    """Both ends of a text too long for a question: it stands at one of them, and every word costs a look-up."""
+    half = _QUERY_CHARACTERS // 2
+    return query if len(query) <= 2 * half else f"{query[:half]} {query[-half:]}"
 
 
 def fuse(lexical: Ranking, vectors: Ranking) -> list[Hit]:

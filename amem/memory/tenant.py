@@ -130,7 +130,7 @@ class TenantMemory:
         return self.database.read(operation)
 
     def recall(self, query: str, options: RecallOptions) -> list[Recalled]:
-        index = self._index()
+        index, query = self._index(), recall.shortened(query)
         vector = self._embedder.encode([query])[0]
         depth = max(recall.MIN_DEPTH, 4 * options.k)
         wide = depth if options.conversation is None else len(index)

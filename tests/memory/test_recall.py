@@ -228,3 +228,24 @@ def test_vectors_out_of_step_are_made_again(open_service: MakeService) -> None:
         stored = memory.database.read(lambda t: t.execute("SELECT seq, data FROM vectors ORDER BY seq"))
         expected = MemoryConfig().embedder.encode([memory.get(id).text for id in ids]).astype("<f2")
     assert b"".join(data for _, data in stored) == expected.tobytes()
+
+
+class Watched(HashEmbedder):
+    """The built-in embedder, with the length of the longest text that it was given."""
+
+    longest = 0
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.longest = max(self.longest, *map(len, texts))
+        return super().encode(texts)
+
+
+@pytest.mark.parametrize("form", ["{question} {noise}", "{noise} {question}"])
+def test_a_very_long_query_is_a_question_at_one_of_its_ends(open_service: MakeService, form: str) -> None:
+    embedder = Watched()
+    service = open_service(MemoryConfig(embedder=embedder))
+    service.add("u", [NewMemory("The vault code is 4711."), NewMemory("Tea is served at five.")])
+    noise = " ".join(f"noise{number}" for number in range(60_000))
+    found = service.recall("u", form.format(question="What is the vault code?", noise=noise))
+    assert found[0].memory.text == "The vault code is 4711."
+    assert embedder.longest < 20_000 < len(noise)
