@@ -133,7 +133,11 @@ def test_ask_users_stats(at: Callable[..., Done]) -> None:
     streamed = at("ask", *user, "Where does Cleo live?", "--max-tokens", "8")
     assert (streamed.status, streamed.err) == (0, "")
     assert streamed.out == answer["choices"][0]["message"]["content"] + "\n"
-    assert "cli-ask" in {item["user"] for item in at("users", "--json").json}
+    names = [item["user"] for item in at("users", "--json").json]
+    assert "cli-ask" in names
+    first = at("users", "--limit", "1", "--json")
+    assert ([item["user"] for item in first.json], names[0] in first.err) == (names[:1], True)
+    assert [item["user"] for item in at("users", "--after", names[0], "--json").json] == names[1:]
     assert at("stats", "--json").json["server"]["chat_requests"] >= 2
     assert "server.chat_requests\t" in at("stats").out
 

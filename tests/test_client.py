@@ -181,7 +181,7 @@ def test_what_each_method_sends(script: Script, call: Caller) -> None:
         (("session", "u", "s/1"), {}, "GET", "/v1/sessions/s%2F1?user=u", reply(200, {"id": "s/1"})),
         (("end_session", "u", "s1"), {}, "DELETE", "/v1/sessions/s1?user=u", reply(200, {})),
         (("ask", "u", "q"), {"session": "s1"}, "POST", "/v1/chat/completions", CHAT),
-        (("users",), {}, "GET", "/v1/users", reply(200, {"users": []})),
+        (("users",), {}, "GET", "/v1/users?limit=1000", reply(200, {"users": []})),
         (("stats",), {}, "GET", "/v1/stats", reply(200, {})),
         (("health",), {}, "GET", "/health", reply(200, {"status": "ok"})),
         (("models",), {}, "GET", "/v1/models", reply(200, {"data": [{"id": "amem"}]})),

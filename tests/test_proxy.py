@@ -288,7 +288,10 @@ def test_routes_of_memory_never_reach_the_upstream(upstream: Upstream, start: St
     assert [item["id"] for item in client.list("a/b")] == [added["id"]]
     assert client.get("a/b", added["id"])["text"] == "One fact."
     assert client.recall("a/b", "fact")[0]["id"] == added["id"]
-    assert client.users()[0]["user"] == "a/b"
+    client.remember("other", "One fact.")
+    first = client.users(limit=1)
+    assert ([item["user"] for item in first], first.next) == (["a/b"], "a/b")
+    assert [item["user"] for item in client.users(after=first.next)] == ["other"]
     for refused in (lambda: client.update("a/b", added["id"], "Another."), lambda: client.start_session("a/b")):
         with pytest.raises(AmemError) as caught:
             refused()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +84,11 @@ def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> No
     for line in cells:
         table.add_row(*(Text(shown(cell)) for cell in line))
     Console().print(table)
+
+
+def print_more(after: str) -> None:
+    """To standard error: the list went on, and how to go on with it."""
+    print(f"there are more: --after {shown(shlex.quote(after))}", file=sys.stderr)
 
 
 def shown(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amem.cli.console import MISUSED, Failure, explain, print_json, print_line, print_table, shown
+from amem.cli.console import MISUSED, Failure, explain, print_json, print_line, print_more, print_table, shown
 
 if TYPE_CHECKING:
     from amem.client import Amem, Answer
@@ -100,7 +100,7 @@ def list_memories(
         return
     print_table(found, ("id", "text", "key", "seen"))
     if found.next:
-        print(f"there are more: --after {found.next}", file=sys.stderr)
+        print_more(found.next)
 
 
 def forget(
@@ -156,12 +156,20 @@ def ask(
             print(measured(stream.answer), file=sys.stderr)
 
 
-def users(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:
-    """Show who has memories."""
+def users(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 1000,
+    after: Annotated[str | None, typer.Option(help="Go on behind this name.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who has memories, by name."""
     with connected(url, api_key) as client:
-        found = client.users()
+        found = client.users(limit=limit, after=after)
     columns = list(found[0]) if found else []
     print_json(found) if as_json else print_table(found, columns)
+    if found.next:
+        print_more(found.next)
 
 
 def stats(url: Url = DEFAULT_URL, api_key: Key = None, as_json: AsJson = False) -> None:

@@ -34,9 +34,9 @@ class Page(list[Json]):
         self.next = next
 
     @classmethod
-    def of(cls, answer: Any) -> Page:
-        """From the answer of a list route."""
-        return cls((as_object(item) for item in as_object(answer)["memories"]), answer.get("next"))
+    def of(cls, answer: Any, name: str) -> Page:
+        """From the field `name` of the answer of a list route."""
+        return cls((as_object(item) for item in as_object(answer)[name]), answer.get("next"))
 
 
 @dataclass(frozen=True)

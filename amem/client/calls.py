@@ -101,10 +101,7 @@ def remember(
 
 def list_memories(user: str, *, limit: int = 100, after: str | None = None) -> Call[Page]:
     """Live memories of a user, oldest first. The result is a list with `next`, which goes into `after`."""
-    query = [("user", user), ("limit", str(limit))]
-    if after is not None:
-        query.append(("after", after))
-    return Call("GET", "/v1/memories", Page.of, tuple(query))
+    return Call("GET", "/v1/memories", _page("memories"), (("user", user), *_part(limit, after)))
 
 
 def get(user: str, memory_id: str) -> Call[Json]:
@@ -193,9 +190,9 @@ def as_stream(call: Call[Answer]) -> Call[Answer]:
     return replace(call, body=body)
 
 
-def users() -> Call[list[Json]]:
-    """Who has memories, and how many."""
-    return Call("GET", "/v1/users", _items("users"))
+def users(*, limit: int = 1000, after: str | None = None) -> Call[Page]:
+    """Who has memories, and how many, by name. The result is a list with `next`, which goes into `after`."""
+    return Call("GET", "/v1/users", _page("users"), _part(limit, after))
 
 
 def stats() -> Call[Json]:
@@ -241,6 +238,14 @@ def _session_path(session_id: str) -> str:
         return "/v1/sessions/" + quote(session_id, safe="")
     except UnicodeEncodeError as error:
         raise AmemError(400, f"not valid Unicode text: {session_id!r}", "invalid_text") from error
+
+
+def _part(limit: int, after: str | None) -> tuple[tuple[str, str], ...]:
+    return (("limit", str(limit)), *((("after", after),) if after is not None else ()))
+
+
+def _page(name: str) -> Callable[[Any], Page]:
+    return lambda answer: Page.of(answer, name)
 
 
 def _items(name: str) -> Callable[[Any], list[Json]]:

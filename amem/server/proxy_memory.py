@@ -19,7 +19,7 @@ from amem.server.memory_schema import (
     remember_request,
 )
 from amem.server.services import needed_user
-from amem.server.shapes import added_json, memory_json, recalled_json, user_json
+from amem.server.shapes import added_json, memory_json, recalled_json, users_json
 from amem.server.strict_json import check_text, read_object, refuse_body
 from amem.server.threads import Threads
 
@@ -83,8 +83,9 @@ class ProxyMemory:
         return web.json_response({"memories": [recalled_json(item, wanted.explain) for item in found]})
 
     async def users(self, request: web.Request) -> web.Response:
-        found = await self._threads.run(self._memory.users)
-        return web.json_response({"users": [user_json(summary) for summary in found], "count": len(found)})
+        query_only(request, ("after", "limit"))
+        after, limit = query_text(request, "after") or "", query_integer(request, "limit", 1, MAX_PAGE, MAX_PAGE)
+        return web.json_response(await self._threads.run(users_json, self._memory, after, limit))
 
     async def elsewhere(self, request: web.Request) -> web.Response:
         """What is amem's own and not served here must not reach the upstream: it names users."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from amem.engine.types import ForgetReceipt
-from amem.memory.types import Added, Memory, Recalled, Session, UserSummary
+from amem.memory.service import MemoryService
+from amem.memory.types import Added, Memory, Recalled, Session
 from amem.server.strict_json import Json
 
 
@@ -50,8 +51,11 @@ def session_json(session: Session) -> Json:
     }
 
 
-def user_json(summary: UserSummary) -> Json:
-    return dataclasses.asdict(summary)
+def users_json(memory: MemoryService, after: str, limit: int) -> Json:
+    """A page of users by name; the last name of one page is `after` of the next. Blocking."""
+    found = memory.users(after, limit)
+    following = found[-1].user if len(found) == limit else None
+    return {"users": [dataclasses.asdict(one) for one in found], "count": memory.stats()["users"], "next": following}
 
 
 def receipt_json(receipt: ForgetReceipt | None) -> Json:

@@ -15,7 +15,7 @@ from amem.server.config import MODEL_ALIAS
 from amem.server.errors import ApiError
 from amem.server.memory_schema import MAX_PAGE, query_integer, query_only, query_text
 from amem.server.services import Services, services_of
-from amem.server.shapes import user_json
+from amem.server.shapes import users_json
 from amem.server.strict_json import Json
 
 
@@ -91,7 +91,4 @@ async def users(request: web.Request) -> web.Response:
     services = services_of(request)
     query_only(request, ("after", "limit"))
     after, limit = query_text(request, "after") or "", query_integer(request, "limit", 1, MAX_PAGE, MAX_PAGE)
-    found = await services.threads.run(services.memory.users, after, limit)
-    count = (await services.threads.run(services.memory.stats))["users"]
-    following = found[-1].user if len(found) == limit else None
-    return web.json_response({"users": [user_json(one) for one in found], "count": count, "next": following})
+    return web.json_response(await services.threads.run(users_json, services.memory, after, limit))
