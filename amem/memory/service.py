@@ -211,7 +211,7 @@ class MemoryService:
         return self._with(user, lambda memory: memory.neighbours(ids, count, later=True), otherwise=())
 
     def recall(self, user: str, query: str, options: RecallOptions | None = None) -> Ranked:
-        """What the query calls for, best first; both ends of a very long one count. An unknown user has no memories."""
+        """What the query calls for, best first. A very long one counts by its ends; an unknown user has nothing."""
         options = options or RecallOptions()
         validate.recall_options(options, self._config)
         validate.text(query, "query", self._config.max_text_bytes)
