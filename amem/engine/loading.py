@@ -69,8 +69,8 @@ class Loader:
             sequence.tally.load_s += time.perf_counter() - begun
             if loaded:
                 return Fate.EXACT if place.exact else Fate.BLENDED
-        if self.store.contains(place.key) is None:
             sequence.tally.missing += 1
+        if self.store.contains(place.key) is None:
             self.want(tenant, place.spec)
         return Fate.FRESH
 

@@ -53,14 +53,13 @@ class Tally:
         self._sources = np.zeros(self.prompt, np.int8)
 
     def fill(self, start: int, stop: int, source: Source) -> None:
-        """Name the source of a span. The first one stands: a preempted request does not reuse its own work."""
+        """Name where KV was found. The first source stands: a preempted request does not reuse its own work."""
         span = self._sources[start : min(stop, self.prompt)]
         span[span == Source.NONE] = source
 
     def computed(self, positions: NDArray[np.int64]) -> None:
-        """Rows without stored KV were run."""
-        mine = positions[positions < self.prompt]
-        self._sources[mine[self._sources[mine] == Source.NONE]] = Source.FRESH
+        """Rows without stored KV were run: nothing was saved, whatever was found before a preemption lost it."""
+        self._sources[positions[positions < self.prompt]] = Source.FRESH
 
     def recomputed(self, positions: NDArray[np.int64]) -> None:
         """Loaded rows were run to the last layer."""

@@ -107,7 +107,7 @@ class Writer:
             kv, more = self._chunk_kv(pending.spec, sequence.captured)
             charged += more
             self.store.put(pending.tenant, pending.spec, kv)
-            stored = True
+            stored = self.store.contains(bytes.fromhex(sequence.id)) is not None
         except (StoreError, RuntimeError, ValueError, OSError) as error:
             _log.warning("a chunk's KV could not be stored: %s", error)
         return self._settle(sequence.id, stored, charged)
@@ -145,11 +145,12 @@ class Writer:
         self.counters.failed += not stored
         self.counters.charged += charged
         done = []
-        for job in pending.jobs:
+        for at, job in enumerate(pending.jobs):
             job.open -= 1
-            job.written += stored
+            job.written += stored and at == 0
+            job.present += stored and at > 0
             job.failed += not stored
-            job.charged += charged
+            job.charged += 0.0 if at else charged
             if not job.open:
                 done.append(job.result())
         return done

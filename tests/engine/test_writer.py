@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from amem.engine.batch import Batch, ChunkKV, SequenceRows
 from amem.engine.config import EngineConfig
 from amem.engine.engine import Engine
-from amem.engine.messages import ChunksWritten, Finished, ForgetMemories, Message, Tokens, WriteChunks
+from amem.engine.messages import ChunksWritten, Failed, Finished, ForgetMemories, Message, Tokens, WriteChunks
+from amem.engine.store import files
 from amem.engine.types import ChunkSpec, GenerateRequest, SamplingParams, Segment, Tenant
 
 TENANT = Tenant(b"a" * 16, b"x" * 32)
@@ -100,11 +103,29 @@ def test_a_chunk_asked_for_twice_is_computed_once(make_engine: Callable[..., Eng
     engine.write(WriteChunks("one", TENANT, (chunk(1), chunk(2))))
     engine.write(WriteChunks("two", TENANT, (chunk(2),)))
     told = {m.job_id: m for m in drain(engine) if isinstance(m, ChunksWritten)}
-    assert (told["one"].written, told["two"].written) == (2, 1)
+    assert told["two"] == ChunksWritten("two", 0, 1, 0, 0.0)
+    assert (told["one"].written, told["one"].present) == (2, 0)
+    assert told["one"].prefill_tokens == engine.stats()["write_charged"] > 48
     assert engine.stats()["chunks_written"] == 2
-    assert told["one"].prefill_tokens > told["two"].prefill_tokens > 24
     engine.write(WriteChunks("three", TENANT, (chunk(1), chunk(2))))
     assert drain(engine) == [ChunksWritten("three", 0, 2, 0, 0.0)]
+
+
+def test_the_same_text_twice_in_one_job_is_charged_once(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    engine.write(WriteChunks("w", TENANT, (chunk(1), replace(chunk(1), memory="twin"))))
+    told = [m for m in drain(engine) if isinstance(m, ChunksWritten)]
+    assert [(m.written, m.present, m.failed) for m in told] == [(1, 1, 0)]
+    assert told[0].prefill_tokens == engine.stats()["write_charged"]
+
+
+def test_a_chunk_that_found_no_room_is_not_said_to_be_written(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(ram_bytes=1000)
+    engine.write(WriteChunks("w", TENANT, (chunk(1),)))
+    told = [m for m in drain(engine) if isinstance(m, ChunksWritten)]
+    assert [(m.written, m.present, m.failed) for m in told] == [(0, 0, 1)]
+    assert engine.stats()["chunks_written"] == 0
+    assert engine.stats()["store_puts_dropped"] == 1
 
 
 def test_an_empty_job_is_answered(make_engine: Callable[..., Engine]) -> None:
@@ -128,6 +149,54 @@ def test_what_cannot_be_written_fails_alone(make_engine: Callable[..., Engine], 
     engine.write(WriteChunks("w", TENANT, (spec, chunk(1))))
     told = [m for m in drain(engine) if isinstance(m, ChunksWritten)]
     assert [(m.written, m.present, m.failed) for m in told] == [(1, 0, 1)]
+
+
+def ask(engine: Engine, name: str, spec: ChunkSpec) -> Finished | Failed:
+    """The end of a request with the chunk behind the preamble, where it was not computed."""
+    parts = (Segment(HEAD), Segment(spec.token_ids, spec), Segment((5, 6, 7)))
+    engine.add(GenerateRequest(name, TENANT, parts, SamplingParams(max_tokens=4, ignore_eos=True)))
+    return next(m for m in drain(engine) if isinstance(m, (Finished, Failed)))
+
+
+def test_a_chunk_that_fits_its_prompt_but_not_its_context_stays_ordinary_rows(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine(num_pages=16)
+    long = ChunkSpec(text(60, 1), HEAD + text(80, 2), len(HEAD), "m")
+    end = ask(engine, "r", long)
+    assert isinstance(end, Finished)
+    assert end.report.prompt.fresh == end.report.prompt.total == 73
+    assert end.report.fallback == "chunks_not_stored"
+    assert engine.writer.in_flight == 0
+
+
+def test_a_chunk_without_a_key_is_refused_and_harms_nobody(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    end = ask(engine, "bad", replace(chunk(1), trusted=99))
+    assert isinstance(end, Failed)
+    assert end.code == "invalid_request"
+    assert isinstance(ask(engine, "good", chunk(1)), Finished)
+
+
+def test_a_chunk_that_cannot_be_read_now_is_computed_and_the_report_says_so(
+    make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shortage of descriptors costs no file, so the chunk is still there; but nothing was blended."""
+    engine = make_engine(kv_dir=str(tmp_path / "kv"))
+    engine.write(WriteChunks("w", TENANT, (chunk(1),)))
+    drain(engine)
+    engine.close()
+    engine = make_engine(kv_dir=str(tmp_path / "kv"))
+
+    def no_descriptor(path: Path, length: int | None) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(files, "open_exact", no_descriptor)
+    end = ask(engine, "r", chunk(1))
+    assert isinstance(end, Finished)
+    assert end.report.prompt.fresh == end.report.prompt.total == 37
+    assert end.report.fallback == "chunks_not_stored"
+    assert engine.store.contains(engine.store.key(TENANT, chunk(1))) is not None
 
 
 def test_writes_give_way_to_requests(make_engine: Callable[..., Engine]) -> None:
