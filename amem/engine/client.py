@@ -31,6 +31,7 @@ from amem.engine.messages import (
     Ready,
     Stats,
     Tokens,
+    WireError,
     WriteChunks,
 )
 from amem.engine.pending import Order, Pending
@@ -75,6 +76,13 @@ class _Pulse:
         if self.late < 2:
             return None
         return f"no progress for {limit:g} s" if self.ready else f"not ready after {limit:g} s"
+
+
+def _send(process: EngineProcess, message: Message) -> None:
+    try:
+        process.send(message)
+    except WireError as error:
+        raise EngineError("invalid_request", str(error)) from error
 
 
 class EngineClient:
@@ -143,8 +151,8 @@ class EngineClient:
         """
         process = self._live()
         stream = self._pending.open_stream(request)
-        process.send(Generate(request))
         try:
+            _send(process, Generate(request))
             while True:
                 item = await stream.queue.get()
                 if isinstance(item, EngineError):
@@ -187,9 +195,9 @@ class EngineClient:
         if self.state in (EngineState.STOPPED, EngineState.FAILED):
             raise EngineError("unavailable", self.reason or f"the engine is {self.state.value}")
         job = self._pending.open_job(order)
-        if self._process is not None and self.state is EngineState.READY:
-            self._process.send(order)
         try:
+            if self._process is not None and self.state is EngineState.READY:
+                _send(self._process, order)
             answer = await job.answer
         finally:
             self._pending.jobs.pop(order.job_id, None)

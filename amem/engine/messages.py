@@ -124,7 +124,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class ChunksWritten:
-    """`written` were computed now, `present` were stored already, `failed` could not be stored."""
+    """`written` were computed now, `present` were stored already, `failed` could not be stored or found no room.
+
+    A chunk that was asked for several times is written and charged (`prefill_tokens`) once: to the first who asked.
+    """
 
     job_id: str
     written: int
@@ -183,8 +186,11 @@ class WireError(ValueError):
 
 
 def encode(message: Message) -> bytes:
-    """One frame, length included."""
-    body: bytes = msgpack.packb([type(message).__name__, *_fields(message)])
+    """One frame, length included. Raises WireError on a number or a text that does not go over the wire."""
+    try:
+        body: bytes = msgpack.packb([type(message).__name__, *_fields(message)])
+    except (OverflowError, TypeError, ValueError) as error:
+        raise WireError(f"a {type(message).__name__} cannot be sent: {error}") from error
     if len(body) > MAX_FRAME_BYTES:
         raise WireError(f"a {type(message).__name__} of {len(body)} bytes is over the {MAX_FRAME_BYTES} limit")
     return _LENGTH.pack(len(body)) + body

@@ -17,6 +17,7 @@ from amem.engine.messages import (
     Message,
     Stats,
     Tokens,
+    WireError,
     WriteChunks,
 )
 from amem.engine.types import EngineError, GenerateRequest
@@ -96,12 +97,15 @@ class Pending:
     def resend(self, send: Callable[[Message], None]) -> None:
         """Ask a new engine for everything again: erasures last, so that they catch what was asked before them.
 
-        What was asked after an erasure no longer has the forgotten text in it.
+        What was asked after an erasure no longer has the forgotten text in it. What does not go over the wire ends.
         """
-        for stream in self.streams.values():
-            send(Generate(stream.request))
-        for job in sorted(self.jobs.values(), key=lambda job: isinstance(job.order, ForgetMemories)):
-            send(job.order)
+        orders = sorted(self.jobs.items(), key=lambda job: isinstance(job[1].order, ForgetMemories))
+        asked: list[tuple[str, Message]] = [(name, Generate(stream.request)) for name, stream in self.streams.items()]
+        for name, message in [*asked, *((name, job.order) for name, job in orders)]:
+            try:
+                send(message)
+            except WireError as error:
+                self._fail(name, EngineError("invalid_request", str(error)))
 
     def end(self, code: str, reason: str) -> None:
         """Nothing will be answered any more."""

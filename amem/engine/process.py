@@ -114,7 +114,8 @@ class Service:
             self._busy = self._engine.has_work
             for message in self._link.receive(0 if self._busy else HEARTBEAT_S):
                 self._obey(message)
-            if self._engine.has_work and not self._stopping:
+            self._busy = self._engine.has_work
+            if self._busy and not self._stopping:
                 self._link.send(self._engine.step())
                 self._steps += 1
 

@@ -19,7 +19,8 @@ import pytest
 from amem.engine.client import EngineClient, EngineState
 from amem.engine.config import EngineConfig
 from amem.engine.launch import EngineLaunch
-from amem.engine.messages import Finished, Tokens
+from amem.engine.messages import Finished, FrameReader, Generate, Tokens, encode
+from amem.engine.pending import Pending
 from amem.engine.types import (
     ChunkSpec,
     EngineError,
@@ -230,6 +231,64 @@ def test_a_hung_engine_is_replaced(checkpoint: Path, run: Run[Any]) -> None:
             await ask(client, "after")
 
     run(story())
+
+
+HANGING = """
+import threading
+from amem.engine.runner import Runner
+real = Runner.forward
+def forward(self, batch):
+    if any(77 in sequence.token_ids for sequence in batch.sequences):
+        threading.Event().wait()
+    return real(self, batch)
+Runner.forward = forward
+"""
+
+
+def test_an_engine_that_hangs_in_its_first_step_after_a_rest_is_replaced(
+    checkpoint: Path, tmp_path: Path, run: Run[Any]
+) -> None:
+    """It still beats, so only the step that does not end tells."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+
+    async def story() -> None:
+        how = replace(launch(checkpoint), hang_s=5, environment={"PYTHONPATH": path})
+        async with started(how) as client:
+            await ask(client, "before")
+            await asyncio.sleep(2.5)
+            asked = asyncio.ensure_future(ask(client, "hangs", segments=(Segment((5, 77)),)))
+            await until(lambda: client.restarts == 1, 60)
+            assert "no progress" in (client.reason or "")
+            asked.cancel()
+
+    run(story())
+
+
+def test_what_cannot_be_sent_is_refused_and_forgotten(client: EngineClient, run: Run[Any]) -> None:
+    bad = replace(request("wide"), sampling=SamplingParams(seed=2**70))
+
+    async def story() -> None:
+        for _ in range(2):
+            with pytest.raises(EngineError) as caught:
+                await client.generate(bad).__anext__()
+            assert caught.value.code == "invalid_request"
+        with pytest.raises(EngineError):
+            await client.write_chunks(TENANT, (replace(CHUNK, token_ids=(2**40,)),))
+        await ask(client, "wide")
+
+    run(story())
+
+
+def test_what_cannot_be_sent_does_not_keep_a_new_engine_from_the_rest() -> None:
+    pending = Pending()
+    bad = pending.open_stream(replace(request("bad"), sampling=SamplingParams(seed=2**70)))
+    good = pending.open_stream(request("good"))
+    sent: list[bytes] = []
+    pending.resend(lambda message: sent.append(encode(message)))
+    assert FrameReader().feed(b"".join(sent)) == [Generate(good.request)]
+    assert isinstance(bad.queue.get_nowait(), EngineError)
+    assert list(pending.streams) == ["good"]
 
 
 def test_the_engine_ends_with_its_parent(checkpoint: Path) -> None:
