@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,4 +75,4 @@ def _attention_steps(shape: ModelShape, device: torch.device) -> Iterator[Callab
     for group in plan.groups(shape.heads, shape.kv_heads, shape.head_dim):
         for power in range(MOST_PARTS.bit_length()):
             split = replace(group, parts=1 << power)
-            yield lambda split=split: attend_group(q, pool[0], pool[1], torch.empty_like(q), plan, split)
+            yield partial(attend_group, q, pool[0], pool[1], torch.empty_like(q), plan, split)
