@@ -137,7 +137,7 @@ def _config(
         dtype=dtype.value,
         device=device,
         kv_bytes=int(memory.pool * GIB),
-        kv_dir=str(data_dir / "kv") if memory.disk else None,
+        kv_dir=str(data_dir / "kv"),
         ram_bytes=int(memory.ram * GIB),
         disk_bytes=int(memory.disk * GIB),
     )

@@ -154,7 +154,8 @@ class EngineConfig:
     model: directory of the checkpoint.  name: what it is served as ("" for the directory's name).
     dtype: float32, bfloat16, float16, or auto (float32 on a CPU, the checkpoint's on a GPU).
     kv_bytes: budget of the paged KV pool; num_pages overrides it.  max_context: None for the model's own.
-    kv_dir, ram_bytes, disk_bytes, fsync: the chunk store (None: nothing goes to disk).
+    kv_dir, ram_bytes, disk_bytes, fsync: the chunk store (kv_dir None: RAM alone; disk_bytes 0:
+    nothing is written, but what lies in kv_dir is still erased with its memory).
     """
 
     model: str

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kvlib import ALICE, BOB, LAYOUT, kv_files, open_store, put, spec, tier_of
+from kvlib import ALICE, BOB, LAYOUT, kv_files, open_store, put, residue, spec, tier_of
 
 from amem.engine.store.policy import Clock, EvictionQueue, mean_rank
 
@@ -140,6 +140,21 @@ def test_turning_the_disk_off(tmp_path: Path) -> None:
     put(store, ALICE, spec(1))
     store.close()
     assert not (tmp_path / "kv").exists()
+
+
+def test_turning_the_disk_off_hides_nothing_from_an_erasure(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    put(store, ALICE, spec(1), spec(2))
+    store.close()
+    store = open_store(tmp_path, disk_bytes=0)
+    put(store, ALICE, spec(3))
+    store.flush()
+    assert [tier_of(store, ALICE, spec(number)) for number in (2, 3)] == ["disk", "cpu"]
+    assert store.forget(ALICE, ("m1",)).chunks == 1
+    assert not residue(tmp_path, ALICE, spec(1))
+    assert not residue(tmp_path, ALICE, spec(3)), "nothing may be written without a budget"
+    assert residue(tmp_path, ALICE, spec(2))
+    store.close()
 
 
 def test_a_small_chunk_does_not_cost_a_page_of_air(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class StoreError(Exception):
 class StoreConfig:
     """Budgets in bytes, times in seconds.
 
-    path: the directory of the disk tier, or None for RAM alone.  disk_bytes: 0 switches the disk tier off too.
+    path: the directory of the disk tier, or None for RAM alone.  disk_bytes: with 0 nothing is written; what an
+    earlier run left in the directory is still read, and erased with its memory.
     fsync: data is synced before it is published; off, a power cut may lose chunks but never serves a wrong one.
     free_floor_bytes: never write when less than this would stay free on the file system.
     segment_bytes: how much of one tenant is packed into one file at most (a larger chunk gets a file alone). Erasing

@@ -62,11 +62,15 @@ class Shelf:
         self.segment_queue = EvictionQueue(self._segment_rank)
 
     def open_disk(self) -> None:
-        """Claim the directory and index what it holds, oldest chunks lowest. Raises StoreError."""
-        if self.config.path is None or not self.config.disk_bytes:
+        """Claim the directory and index what it holds, oldest chunks lowest. Raises StoreError.
+
+        Without a disk budget too where there is a directory: what lies in it has to be found by an erasure.
+        """
+        path = self.config.path
+        if path is None or not (self.config.disk_bytes or path.is_dir()):
             return
         try:
-            disk = DiskTier(self.config.path, self.layout, self.config.fsync)
+            disk = DiskTier(path, self.layout, self.config.fsync)
             try:
                 self._fill(disk)
             except OSError:

@@ -152,7 +152,7 @@ class ChunkStore:
             shelf.counters["puts_dropped"] += 1
             return False
         shelf.counters["puts"] += 1
-        if shelf.disk is not None:
+        if shelf.disk is not None and shelf.config.disk_bytes:
             shelf.pending[head.key] = head
             shelf.changed.notify_all()
         return True
