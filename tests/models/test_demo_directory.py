@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import amem
-from amem.bench.world import PREAMBLE
+from amem.text import PREAMBLE
 
 DEMO = Path(amem.__file__).parent / "models" / "demo"
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")
