@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers.utils import logging
 from amem.engine.config import EngineConfig
 from amem.engine.model import load_model
 from amem.engine.runner import Runner
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 MakeCheckpoint = Callable[..., Path]
 MakeRunner = Callable[..., Runner]
