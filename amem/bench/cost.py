@@ -48,11 +48,15 @@ class Side:
         return [answer.report.ttft_s for answer in self.answers]
 
 
+Sides = dict[str, dict[str, Side]]
+"""By regime, then by side."""
+
+
 def run(harness: Harness, options: CostOptions, tick: Callable[[], None]) -> Result:
     """`tick` is called once a question and side."""
     share = CHANGING_SHARE * 0.98
     workload = large(harness.planner, int(options.memory_tokens / share), options.questions, options.seed)
-    sides: dict[str, dict[str, Side]] = {}
+    sides: Sides = {}
     for regime in REGIMES:
         sets = _sets(workload, regime, options)
         sides[regime] = {side: _run_side(harness, workload, sets, regime, side, options, tick) for side in SIDES}
@@ -104,51 +108,63 @@ def _run_side(
     return Side(tuple(answers), *((written[0].prefill_tokens, written[1]) if written else (0.0, 0.0)))
 
 
-def _result(harness: Harness, workload: Workload, sides: dict[str, dict[str, Side]], options: CostOptions) -> Result:
-    rows = []
-    for regime in REGIMES:
-        baseline = sides[regime]["re-prefill"]
-        for name in SIDES:
-            side = sides[regime][name]
-            n = len(side.answers)
-            agree = sum(a.text == b.text for a, b in zip(side.answers, baseline.answers, strict=True))
-            rows.append(
-                (
-                    regime,
-                    name,
-                    round(sum(side.charged) / n, 1),
-                    sum(baseline.charged) / sum(side.charged),
-                    sum(baseline.charged) / (sum(side.charged) + side.write_tokens),
-                    sum(side.ttft) / n * 1000,
-                    f"{agree}/{n}",
-                    f"{sum(map(right, side.answers, workload.questions))}/{n}",
-                )
-            )
-    stable, changing = (sides[regime] for regime in REGIMES)
-    charged = {regime: {name: sum(sides[regime][name].charged) for name in SIDES} for regime in REGIMES}
-    targets = [
+def _result(harness: Harness, workload: Workload, sides: Sides, options: CostOptions) -> Result:
+    return Result(
+        name="cost",
+        seed=options.seed,
+        n=options.questions,
+        columns=("regime", "side", "tokens", "× less", "with write", "TTFT ms", "agree", "right"),
+        rows=[_row(workload, sides, regime, name) for regime in REGIMES for name in SIDES],
+        data=_data(harness, workload, sides),
+        targets=_targets({regime: {name: sum(s.charged) for name, s in sides[regime].items()} for regime in REGIMES}),
+        charts=tuple(_chart(regime, sides[regime]) for regime in REGIMES),
+    )
+
+
+def _row(workload: Workload, sides: Sides, regime: str, name: str) -> tuple[object, ...]:
+    side, baseline = sides[regime][name], sides[regime]["re-prefill"]
+    n = len(side.answers)
+    agree = sum(a.text == b.text for a, b in zip(side.answers, baseline.answers, strict=True))
+    return (
+        regime,
+        name,
+        round(sum(side.charged) / n, 1),
+        sum(baseline.charged) / sum(side.charged),
+        sum(baseline.charged) / (sum(side.charged) + side.write_tokens),
+        sum(side.ttft) / n * 1000,
+        f"{agree}/{n}",
+        f"{sum(map(right, side.answers, workload.questions))}/{n}",
+    )
+
+
+def _targets(charged: dict[str, dict[str, float]]) -> list[dict[str, object]]:
+    stable, changing = (charged[regime] for regime in REGIMES)
+    return [
         target(
             "changing set: less prefill than re-prefilling",
-            charged[REGIMES[1]]["re-prefill"] / charged[REGIMES[1]]["amem"],
+            changing["re-prefill"] / changing["amem"],
             least=6,
         ),
         target(
             "changing set: less prefill than exact prefix caching",
-            charged[REGIMES[1]]["exact prefix cache"] / charged[REGIMES[1]]["amem"],
+            changing["exact prefix cache"] / changing["amem"],
             least=4,
         ),
         target(
             "stable session, write excluded: less prefill than re-prefilling",
-            charged[REGIMES[0]]["re-prefill"] / charged[REGIMES[0]]["amem"],
+            stable["re-prefill"] / stable["amem"],
             least=54,
         ),
         target(
             "stable session, write excluded: prefill over that of exact prefix caching",
-            charged[REGIMES[0]]["amem"] / charged[REGIMES[0]]["exact prefix cache"],
+            stable["amem"] / stable["exact prefix cache"],
             most=1,
         ),
     ]
-    data = {
+
+
+def _data(harness: Harness, workload: Workload, sides: Sides) -> dict[str, object]:
+    return {
         "memory_tokens": sum(harness.planner.count(note.text) for note in workload.notes),
         "prompt_tokens": {
             regime: [a.report.prompt.total for a in sides[regime]["amem"].answers] for regime in REGIMES
@@ -158,38 +174,19 @@ def _result(harness: Harness, workload: Workload, sides: dict[str, dict[str, Sid
         "break_even_question": {regime: _break_even(sides[regime]) for regime in REGIMES},
         "limit_of_the_curve": {regime: _limit(sides[regime]) for regime in REGIMES},
         "per_question": {
-            regime: {
-                name: {
-                    "charged": side.charged,
-                    "ttft_s": side.ttft,
-                    "answers": [answer.text for answer in side.answers],
-                    "effective_ratio": [answer.report.effective_ratio for answer in side.answers],
-                }
-                for name, side in sides[regime].items()
-            }
-            for regime in REGIMES
+            regime: {name: _per_question(side) for name, side in sides[regime].items()} for regime in REGIMES
         },
         "questions": [(question.text, question.answer, question.task) for question in workload.questions],
     }
-    return Result(
-        name="cost",
-        seed=options.seed,
-        n=options.questions,
-        columns=(
-            "regime",
-            "side",
-            "tokens",
-            "× less",
-            "with write",
-            "TTFT ms",
-            "agree",
-            "right",
-        ),
-        rows=rows,
-        data=data,
-        targets=targets,
-        charts=tuple(_chart(regime, side) for regime, side in ((REGIMES[0], stable), (REGIMES[1], changing))),
-    )
+
+
+def _per_question(side: Side) -> dict[str, object]:
+    return {
+        "charged": side.charged,
+        "ttft_s": side.ttft,
+        "answers": [answer.text for answer in side.answers],
+        "effective_ratio": [answer.report.effective_ratio for answer in side.answers],
+    }
 
 
 def _write(sides: dict[str, Side]) -> dict[str, float]:

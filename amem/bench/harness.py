@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from amem.bench.workload import Question
-from amem.engine.batch import Batch, StepOutput
 from amem.engine.config import EngineConfig
 from amem.engine.engine import Engine
 from amem.engine.messages import ChunksWritten, Failed, Finished, Tokens, WriteChunks
+from amem.engine.sequence import Sequence as Running
 from amem.engine.types import (
     BlendOptions,
     ChunkSpec,
@@ -46,17 +46,29 @@ class Answer:
     seconds: float
 
 
+class _Recorder(Engine):
+    """Keeps what each request's first token was drawn from: the bench compares distributions, not only answers."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.first: dict[str, torch.Tensor] = {}
+        super().__init__(config)
+
+    def _emit(self, sequences: list[Running], logits: torch.Tensor) -> None:
+        for sequence, row in zip(sequences, logits, strict=True):
+            if sequence.id not in self.first:
+                self.first[sequence.id] = row.clone()
+        super()._emit(sequences, logits)
+
+
 class Harness:
     """One engine and one planner. Tenants are made from labels, so sides of a comparison never share KV."""
 
     def __init__(self, config: EngineConfig, plan: PlanConfig | None = None) -> None:
         self.config = config
-        self.engine = Engine(config)
+        self.engine = _Recorder(config)
         self.chat = ChatFormat.load(Path(config.model))
         self.planner = Planner(self.chat, plan)
-        self._logits: list[torch.Tensor] = []
         self._asked = 0
-        self._record()
 
     def close(self) -> None:
         self.engine.close()
@@ -73,21 +85,18 @@ class Harness:
         """Runs one request to its end, alone. Raises BenchError when the engine fails it."""
         self._asked += 1
         name = f"bench-{self._asked}"
-        self._logits.clear()
         began = time.perf_counter()
         self.engine.add(GenerateRequest(name, tenant, segments, SamplingParams(max_tokens=max_tokens), blend))
-        stream, text, first = self.chat.stream(), "", None
+        stream, text = self.chat.stream(), ""
         while True:
             for message in self.engine.step():
                 if isinstance(message, Tokens) and message.request_id == name:
-                    first = self._logits[-1] if first is None else first
                     text += stream.push(self._said(message))
                 elif isinstance(message, Failed) and message.request_id == name:
                     raise BenchError(f"{message.code}: {message.message}")
                 elif isinstance(message, Finished) and message.request_id == name:
-                    if first is None:
-                        raise BenchError("the engine finished without a token")
                     seconds = time.perf_counter() - began
+                    first = self.engine.first.pop(name)
                     return Answer((text + stream.finish()).strip(), first, message.report, seconds)
 
     def answers(
@@ -109,6 +118,7 @@ class Harness:
                 elif isinstance(message, Finished):
                     texts[message.request_id] += streams[message.request_id].finish()
                     left.discard(message.request_id)
+                    del self.engine.first[message.request_id]
         return [texts[name].strip() for name in names]
 
     def _said(self, message: Tokens) -> list[int]:
@@ -126,18 +136,6 @@ class Harness:
 
     def specs(self, batch: PlacedBatch) -> list[ChunkSpec]:
         return [spec for item in batch.memories for spec in self.planner.chunk_specs(item.memory, item.predecessors)]
-
-    def _record(self) -> None:
-        """Keep the logits that the engine samples from: the bench compares distributions, not only answers."""
-        forward = self.engine.runner.forward
-
-        def recorded(batch: Batch) -> StepOutput:
-            output = forward(batch)
-            if len(output.logits):
-                self._logits.append(output.logits[-1].clone())
-            return output
-
-        self.engine.runner.forward = recorded  # type: ignore[method-assign]
 
 
 def tenant(label: str) -> Tenant:
