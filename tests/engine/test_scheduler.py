@@ -264,6 +264,31 @@ def test_pages_computed_behind_a_cached_memory_go_with_it() -> None:
     assert not bench.device.holds(spec.token_ids[0])
 
 
+def test_pages_with_kv_computed_behind_an_absent_memory_go_with_it() -> None:
+    """Memory 3 was computed behind memory 2, which is not in the prompt; its loaded KV has still read it."""
+    bench = Bench()
+    bench.core.write(WriteChunks("w", TENANTS[0], (memory(3),)))
+    bench.drain()
+    bench.core.pool.forget(chain_root(TENANTS[0]), None)
+    assert not bench.device.holds(memory(2).token_ids[0])
+    bench.ask("one", HEAD, part(memory(3)), QUESTION, options=BlendOptions())
+    bench.add("two", HEAD, part(memory(3)), QUESTION, options=BlendOptions(), count=50)
+    bench.step()
+    assert bench.device.holds(memory(2).token_ids[0])
+    assert bench.core.forget(ForgetMemories("f", TENANTS[0], (memory(2).memory,))).aborted == 1
+    assert not bench.device.holds(memory(2).token_ids[0])
+
+
+def test_a_chunk_behind_other_text_of_the_same_length_is_not_exact() -> None:
+    bench = Bench()
+    bench.core.write(WriteChunks("w", TENANTS[0], (memory(0),)))
+    bench.drain()
+    parts = (Segment((4, 5, 6)), part(memory(0)), QUESTION)
+    end = bench.ask("r", *parts)
+    assert end.report.prompt.fresh == end.report.prompt.total
+    assert bench.tokens["r"] == answer(ids(parts), 5)
+
+
 def test_numbers_that_are_not_finite_end_their_request_alone() -> None:
     bench = Bench(pages=40, step_rows=6)
     prompt = Segment(tuple(range(14)))
