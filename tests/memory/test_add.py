@@ -161,6 +161,19 @@ def test_a_repeated_request_does_not_bring_back_what_was_forgotten(service: Memo
     assert service.list("u").memories == ()
 
 
+def test_what_a_request_said_is_forgotten_with_what_it_stored(service: MemoryService) -> None:
+    """Its digest would tell whoever has the secret whether a guessed text was it."""
+    stored = [service.add("u", [NewMemory(f"fact {n}")], idempotency_key=f"key {n}")[0].id for n in range(4)]
+    service.forget("u", [stored[0]])
+    service.update("u", stored[1], text="another fact")
+    service.update("u", stored[2], metadata={"a": 1})
+    record = service._control.find("u")
+    assert record is not None
+    with service._pool.lease(record) as memory:
+        rows = memory.database.read(lambda t: t.execute("SELECT digest IS NULL FROM requests ORDER BY key"))
+    assert [bool(row[0]) for row in rows] == [True, True, False, False]
+
+
 def test_requests_are_remembered_across_a_restart_and_for_a_time(tmp_path_factory: pytest.TempPathFactory) -> None:
     now = [1_000.0]
     config = MemoryConfig(clock=lambda: now[0], idempotency_seconds=60.0)

@@ -56,6 +56,12 @@ def plant(service: MemoryService, user: str = "u") -> list[str]:
     return [*ids[:3], *ids[4:]]  # the fourth is an earlier version of the fifth
 
 
+def assert_no_log_keeps_old_pages(tmp_path: Path) -> None:
+    """Opening a copy merges its write-ahead log into the file, so what the log alone held is seen by its size."""
+    (log,) = (tmp_path / "data" / "t").glob("*/memory.db-wal")
+    assert log.stat().st_size == 0
+
+
 def test_the_canary_can_be_found_in_the_first_place(
     service: MemoryService, tmp_path: Path, decrypted: Decrypt
 ) -> None:
@@ -91,6 +97,7 @@ def test_a_forgotten_memory_is_in_no_file(service: MemoryService, tmp_path: Path
     assert not any(residue(files).values())
     assert any(b"word17" in data for data in files.values())
     assert service.recall("u", CANARY) == []
+    assert_no_log_keeps_old_pages(tmp_path)
 
 
 def test_an_update_leaves_nothing_of_the_old_text(service: MemoryService, tmp_path: Path, decrypted: Decrypt) -> None:
@@ -98,6 +105,7 @@ def test_an_update_leaves_nothing_of_the_old_text(service: MemoryService, tmp_pa
     [added] = service.add("u", [NewMemory(f"The word is {CANARY}", conversation="talk 2")])
     fill(service, "u", 30)
     service.update("u", added.id, text="The word is secret")
+    assert_no_log_keeps_old_pages(tmp_path)
     assert not any(residue(decrypted(tmp_path / "data")).values())
 
 
@@ -128,11 +136,12 @@ def test_the_vector_is_overwritten_in_memory(open_service: MakeService) -> None:
     with service._pool.lease(record) as memory:
         index = memory._vectors
     assert index is not None
-    vector = config.embedder.encode([service.get("u", ids[20]).text])[0]
-    close = np.isclose(index._matrix, vector, atol=1e-3).all(axis=1)
-    assert close.any()
-    service.forget("u", [ids[20]])
-    assert not np.isclose(index._matrix, vector, atol=1e-3).all(axis=1).any()
+    vectors = config.embedder.encode([service.get("u", id).text for id in (ids[20], ids[-1])])
+    for vector in vectors:
+        assert np.isclose(index._matrix, vector, atol=1e-3).all(axis=1).any()
+    service.forget("u", [ids[20], ids[-1]])  # from the middle, and the one that the gap is filled with
+    for vector in vectors:
+        assert not np.isclose(index._matrix, vector, atol=1e-3).all(axis=1).any()
 
 
 def test_the_index_equals_one_built_afresh_after_any_changes(service: MemoryService) -> None:
@@ -170,8 +179,15 @@ def test_the_index_equals_one_built_afresh_after_any_changes(service: MemoryServ
 
 
 def test_a_forgotten_user_is_in_no_file_and_comes_back_as_another(
-    service: MemoryService, tmp_path: Path, decrypted: Decrypt
+    service: MemoryService, tmp_path: Path, decrypted: Decrypt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    finish, log_sizes = service._control.finish, []
+
+    def watched(tenant_id: bytes) -> None:
+        log_sizes.append((tmp_path / "data" / "control.db-wal").stat().st_size)
+        finish(tenant_id)
+
+    monkeypatch.setattr(service._control, "finish", watched)
     user = f"user {CANARY}"
     plant(service, user)
     fill(service, "other", 20)
@@ -180,6 +196,7 @@ def test_a_forgotten_user_is_in_no_file_and_comes_back_as_another(
     receipt = service.forget_user(user)
     assert receipt.vectors == 466
     assert receipt.sessions == 1
+    assert log_sizes == [0]  # the name and the keys are in no older page before the files go
     assert not any(residue(decrypted(tmp_path / "data")).values())
     assert service.tenant(user) is None
     assert service.list(user).memories == ()

@@ -100,6 +100,13 @@ def test_k_and_the_budget_are_limits(open_service: MakeService) -> None:
             assert found or budget < 12
 
 
+def test_one_that_is_too_large_hides_none_behind_it(open_service: MakeService) -> None:
+    service = open_service(MemoryConfig(count_tokens=words))
+    add(service, "vault code " * 20, "The vault code is 4711.", "Nobody knows the vault code.")
+    assert words(texts(service, "vault code")[0]) == 40
+    assert len(texts(service, "vault code", RecallOptions(budget_tokens=20))) == 2
+
+
 def test_neighbours_come_in_company_and_never_instead(open_service: MakeService) -> None:
     service = open_service(MemoryConfig(count_tokens=words))
     talk = [f"turn {i}" for i in range(9)]

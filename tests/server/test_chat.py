@@ -226,6 +226,24 @@ def test_an_edited_opening_is_another_conversation(server: ServerThread, user: s
     assert sessions[0] == sessions[1] != sessions[2]
 
 
+def test_what_another_branch_of_a_conversation_recalled_stays_out(server: ServerThread, user: str) -> None:
+    alice, bob, carol = server.remember(user, "Alice lives in Seattle.", "Bob plays chess.", "Carol sails a boat.")
+    opening = ("Where does Alice live?", "In Seattle.")
+
+    def used(*asked: str) -> tuple[str, list[str]]:
+        report = server.ask(user, turns(*opening, *asked), amem={"k": 1})["amem"]
+        return report["session"], [memory["id"] for memory in report["memories"]]
+
+    assert server.ask(user, opening[0], amem={"k": 1})["amem"]["memories"][0]["id"] == alice
+    session, first = used("Does Bob play chess?")
+    assert bob in first
+    other_session, other = used("Does Carol sail a boat?")
+    assert (other_session, carol in other, bob in other) == (session, True, False)
+    # going on with the first branch brings its own back, at its turn
+    _, back = used("Does Bob play chess?", "Yes.", "Where does Alice live?")
+    assert (alice in back, bob in back, carol in back) == (True, True, False)
+
+
 def test_memories_give_way_to_a_long_question(server: ServerThread, user: str) -> None:
     server.remember(user, *(f"Fact {n} of a blue house." for n in range(8)))
     context = server.get("/v1/models/amem").json()["max_model_len"]

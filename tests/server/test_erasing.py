@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from serverlib import Client, ServerThread
 
 QUESTION = [{"role": "user", "content": "Where does Alice live?"}]
@@ -30,6 +31,26 @@ def test_forgetting_takes_the_kv_along_and_what_was_computed_behind_it(server: S
     report = server.ask(user, "Where does Alice live?")["amem"]
     assert ids[1] not in [memory["id"] for memory in report["memories"]]
     assert ids[1] not in server.get(f"/v1/sessions/auto?user={user}").text
+
+
+@pytest.mark.parametrize("whole_user", [False, True])
+def test_kv_goes_first_so_that_a_crash_leaves_none_without_its_text(
+    server: ServerThread, user: str, whole_user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [id] = server.remember(user, "Alice keeps bees on her roof.")
+    before = server.settled()["store_chunks"]
+    services = server.server.services
+    name = "forget_user" if whole_user else "forget"
+    forget, left = getattr(services.memory, name), []
+
+    def watched(*arguments: Any) -> Any:
+        left.append((server.run(services.engine.stats())["store_chunks"], services.memory.get(user, id).text))
+        return forget(*arguments)
+
+    monkeypatch.setattr(services.memory, name, watched)
+    address = f"/v1/memories/{user}" if whole_user else f"/v1/memories/{user}/{id}"
+    assert server.delete(address).json()["forgotten"] == [id]
+    assert left == [(before - 1, "Alice keeps bees on her roof.")]
 
 
 def test_an_update_erases_the_old_kv_and_computes_the_new(server: ServerThread, user: str) -> None:
