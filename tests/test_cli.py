@@ -80,7 +80,7 @@ def test_version_is_quick() -> None:
     assert amem("version").out == f"amem {__version__}\n"
     assert amem("version", "--json").json["amem"] == __version__
     # processor time: on an idle machine what the clock shows, on a busy one nearly the same
-    assert min(processor_seconds("version") for _ in range(4)) < 0.3
+    assert any(processor_seconds("version") < 0.3 for _ in range(4))
 
 
 def test_remember_recall_list_forget(at: Callable[..., Done]) -> None:
