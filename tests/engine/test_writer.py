@@ -98,6 +98,18 @@ def test_a_prompt_never_reaches_the_store(make_engine: Callable[..., Engine]) ->
     assert float((found.k - expected.k).abs().max()) < 1e-4
 
 
+def test_a_chunk_whose_pages_are_cached_is_still_stored_whole(make_engine: Callable[..., Engine]) -> None:
+    """A prompt has computed context and chunk; the write shares the pages of the context and captures every row."""
+    engine, fresh = make_engine(), make_engine()
+    spec = chunk(1)
+    parts = (Segment(spec.context), Segment(spec.token_ids, spec), Segment((5, 6)))
+    engine.add(GenerateRequest("r", TENANT, parts, SamplingParams(max_tokens=4)))
+    drain(engine)
+    assert engine.stats()["chunks_failed"] == 0
+    expected, found = canonical(fresh, spec), stored(engine, spec)
+    assert float((found.k - expected.k).abs().max()) < 1e-4
+
+
 def test_a_chunk_asked_for_twice_is_computed_once(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     engine.write(WriteChunks("one", TENANT, (chunk(1), chunk(2))))
