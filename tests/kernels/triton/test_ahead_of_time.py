@@ -86,7 +86,6 @@ def test_other_shapes_compile_without_spills(target: str) -> None:
 def test_an_engine_step_of_llama_8b_launches_what_it_should() -> None:
     """A prefill, a decode and a blend: each kernel as often as the layers ask for, and all of them warmed up."""
     first, *launches = compiled("trace_step.py", "sm_90")
-    check_fits(launches, "sm_90")
     names = [launch["kernel"] for launch in launches]
     assert names.count("_rope_write") == names.count("_silu_mul") == LAYERS
     assert names.count("_add_rms_norm") == 2 * LAYERS + 1
@@ -95,6 +94,7 @@ def test_an_engine_step_of_llama_8b_launches_what_it_should() -> None:
     assert set(names) == KERNELS - {"_rotate_scatter"}
     assert {launch["hash"] for launch in launches} <= set(first["warmed"])
     for launch in launches:
+        assert launch["shared"] <= SHARED_LIMIT["sm_90"], launch
         assert all(isinstance(size, int) and 0 < size < 2**31 for size in launch["grid"]), launch
         assert all(size < 2**16 for size in launch["grid"][1:]), launch
 
