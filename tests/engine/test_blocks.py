@@ -108,6 +108,16 @@ def test_the_longer_of_two_chains_is_taken_and_exact_wins_a_tie() -> None:
     assert (len(tie.pages), tie.taint) == (2, None)
 
 
+def test_a_blended_page_never_stands_in_for_the_exact_one_of_the_same_ids() -> None:
+    """Also when it came first: to call the exact page its twin would lose the exact page and all behind it."""
+    pool, _ = pool_of()
+    cache(pool, tuple(range(12)), taints=(None, BLEND, BLEND))
+    assert found(pool, *range(12)) == 4
+    cache(pool, tuple(range(12)))
+    assert found(pool, *range(12)) == 12
+    pool.check([])
+
+
 def test_twins_are_kept_once() -> None:
     pool, _ = pool_of()
     cache(pool, (1, 2, 3, 4))
