@@ -163,6 +163,22 @@ def test_more_threads_than_open_databases_all_get_through(open_service: MakeServ
     assert sum(summary.memories for summary in service.users()) == 90
 
 
+def test_an_erasure_waits_for_whoever_still_reads(open_service: MakeService) -> None:
+    service = open_service()
+    service.add("u", [NewMemory("a fact")])
+    record = service._control.find("u")
+    assert record is not None
+    eraser = threading.Thread(target=service.forget_user, args=("u",))
+    with service._pool.lease(record) as memory:
+        eraser.start()
+        eraser.join(0.5)
+        assert eraser.is_alive()
+        assert [found.text for found in memory.page(0, 10, None, False).memories] == ["a fact"]
+    eraser.join(30)
+    assert not eraser.is_alive()
+    assert service.tenant("u") is None
+
+
 def test_erasing_a_user_while_others_write_to_it(open_service: MakeService) -> None:
     """Every add is before an erasure, and gone, or after it, and there: never an error, never half."""
     service = open_service()

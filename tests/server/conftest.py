@@ -12,7 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serverlib import ServerThread, config_in
+from serverlib import ServerThread, config_in, endless_sampling
+
+from amem.server import chat
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ServerThread]]:
     yield make
     for running in made:
         running.stop()
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of the servers in this process run as long as they may, however the model was trained."""
+    monkeypatch.setattr(chat, "SamplingParams", endless_sampling)
 
 
 _NUMBERS = itertools.count()

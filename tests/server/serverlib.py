@@ -15,6 +15,7 @@ from urllib.parse import urlencode, urlsplit
 
 from amem.engine.config import EngineConfig
 from amem.engine.launch import EngineLaunch
+from amem.engine.types import SamplingParams
 from amem.server.app import Server
 from amem.server.config import Limits, ServerConfig
 
@@ -168,6 +169,11 @@ def config_in(data_dir: Path, **fields: Any) -> ServerConfig:
     )
     defaults: dict[str, Any] = {"port": 0, "limits": Limits(shutdown_s=5.0)}
     return ServerConfig(MODEL, data_dir, EngineLaunch(engine, backoff_s=0.1), **defaults | fields)
+
+
+def endless_sampling(**wanted: Any) -> SamplingParams:
+    """What a request asks for, but no token ends its answer."""
+    return SamplingParams(**wanted | {"stop_token_ids": (), "ignore_eos": True})
 
 
 def error_of(answer: Answer) -> dict[str, Any]:

@@ -53,6 +53,30 @@ def test_kv_goes_first_so_that_a_crash_leaves_none_without_its_text(
     assert left == [(before - 1, "Alice keeps bees on her roof.")]
 
 
+def test_a_question_waits_for_an_erasure_that_has_begun(
+    server: ServerThread, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [id, other] = server.remember(user, "Alice lives in Seattle.", "Alice works at Boeing.")
+    server.settled()
+    memory = server.server.services.memory
+    forget, answers = memory.forget, []
+    body = {"model": "amem", "user": user, "messages": QUESTION, "max_tokens": 1}
+    asker = threading.Thread(
+        target=lambda: answers.append(Client(server.url).post("/v1/chat/completions", body).json())
+    )
+
+    def slow(*arguments: Any) -> Any:
+        asker.start()
+        asker.join(2.0)
+        assert asker.is_alive()
+        return forget(*arguments)
+
+    monkeypatch.setattr(memory, "forget", slow)
+    assert server.delete(f"/v1/memories/{user}/{id}").status == 200
+    asker.join(60)
+    assert [used["id"] for used in answers[0]["amem"]["memories"]] == [other]
+
+
 def test_an_update_erases_the_old_kv_and_computes_the_new(server: ServerThread, user: str) -> None:
     [id] = server.remember(user, "Alice works at Boeing in a large hall.")
     server.settled()
@@ -89,6 +113,7 @@ def test_a_memory_superseded_before_its_kv_was_computed_gets_none(server: Server
     assert server.settled()["store_chunks"] == before
 
 
+@pytest.mark.usefixtures("talkative")
 def test_an_answer_that_reads_a_forgotten_memory_ends(server: ServerThread, user: str) -> None:
     [id] = server.remember(user, "Alice lives in Seattle.")
     found: list[Any] = []

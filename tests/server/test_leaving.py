@@ -47,6 +47,7 @@ def books(server: ServerThread) -> tuple[float, ...]:
     return engine["pages"] - engine["pages_free"], engine["requests_running"], engine["requests_waiting"]
 
 
+@pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("abruptly", [True, False])
 def test_a_client_that_leaves_frees_its_pages(server: ServerThread, user: str, stream: bool, abruptly: bool) -> None:
@@ -63,6 +64,7 @@ def test_a_client_that_leaves_frees_its_pages(server: ServerThread, user: str, s
     assert server.settled()["completion_tokens"] - completed < 2000
 
 
+@pytest.mark.usefixtures("talkative")
 def test_clients_that_leave_at_random_moments(server: ServerThread, user: str) -> None:
     server.remember(user, "Alice lives in Seattle.", "Alice works at Boeing.")
     before = books(server)
@@ -130,6 +132,7 @@ def test_a_body_that_never_ends_is_cut_off(start: Callable[..., ServerThread]) -
         assert b" 408 " in raw.recv(4096).split(b"\r\n")[0]
 
 
+@pytest.mark.usefixtures("talkative")
 def test_more_requests_than_allowed_are_told_to_wait(start: Callable[..., ServerThread]) -> None:
     server = start(limits=Limits(active=2, shutdown_s=5.0, keep_alive_comment_s=0.002))
     held = [open_request(server, endless("alice", stream=True)) for _ in range(2)]

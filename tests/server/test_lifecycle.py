@@ -20,10 +20,12 @@ from serverlib import Client, ServerThread
 PROGRAM = """
 import logging, sys
 from pathlib import Path
-from serverlib import config_in
+from serverlib import config_in, endless_sampling
+from amem.server import chat
 from amem.server.app import serve
 from amem.server.config import Limits
 logging.basicConfig(level=logging.INFO)
+chat.SamplingParams = endless_sampling
 config = config_in(Path(sys.argv[1]), limits=Limits(shutdown_s=90.0))  # the second signal has to end it
 serve(config, on_ready=lambda info: print("READY", info.url, info.model, info.kv_tokens, flush=True))
 print("CLOSED", flush=True)
