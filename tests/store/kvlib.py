@@ -85,5 +85,9 @@ def residue(root: Path, tenant: Tenant, chunk: ChunkSpec, layout: ChunkLayout = 
     """Files under `root` that hold any 64-byte run of the chunk's KV (each layer's K and V are looked for)."""
     kv = make_kv(tenant, chunk, layout)
     needles = [raw(part[layer])[:64] for part in (kv.k, kv.v) for layer in range(layout.layers)]
-    files = [path for path in root.rglob("*") if path.is_file()]
-    return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
+    while True:  # the writer may publish a file between the listing and the reading: then look again
+        files = [path for path in root.rglob("*") if path.is_file()]
+        try:
+            return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
+        except FileNotFoundError:
+            continue
