@@ -23,9 +23,9 @@ from amem.engine.rows import Rows
 from amem.engine.types import Fidelity
 
 FIDELITY: dict[Fidelity, tuple[str, float]] = {
-    Fidelity.FAST: ("prior_gradual", 0.05),
-    Fidelity.BALANCED: ("prior_gradual", 0.15),
-    Fidelity.HIGH: ("prior_gradual", 0.30),
+    Fidelity.FAST: ("prior", 0.05),
+    Fidelity.BALANCED: ("prior", 0.15),
+    Fidelity.HIGH: ("prior", 0.30),
     Fidelity.EXACT: ("gradual", 1.0),
 }
 

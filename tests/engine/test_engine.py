@@ -184,7 +184,7 @@ def test_written_chunks_are_loaded_not_prefilled(make_engine: MakeEngine) -> Non
     assert report.recompute_ratio == prompt.recomputed / 48
     assert 0 < report.effective_ratio < 0.6
     assert 16 - 1 < report.charged < 16 + 0.6 * 48
-    assert report.policy == "prior_gradual"
+    assert report.policy == "prior"
     assert report.fallback is None
 
 
