@@ -210,3 +210,9 @@ def test_stop_strings_cut_where_one_pass_would(text: str, stops: list[str], data
     else:
         out += stopper.finish()
     assert out == expected
+
+
+@pytest.mark.parametrize("bad", [{"window": -1}, {"max_chunk_tokens": 7}])
+def test_a_plan_that_could_never_split_is_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        PlanConfig(**bad)

@@ -15,6 +15,7 @@ from typing import Protocol
 from amem.engine.types import ChunkSpec, Segment
 from amem.text import ChatFormat, Message, Slot
 
+MIN_CHUNK_TOKENS = 8
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
@@ -34,6 +35,13 @@ class PlanConfig:
 
     window: int = 2
     max_chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.max_chunk_tokens < MIN_CHUNK_TOKENS:
+            raise ValueError(
+                f"window {self.window} must not be negative, max_chunk_tokens {self.max_chunk_tokens} at least "
+                f"{MIN_CHUNK_TOKENS}: one character may take that many with its marks"
+            )
 
 
 @dataclass(frozen=True, slots=True)
