@@ -33,13 +33,13 @@ class TileShape:
 
 
 _USUAL_DIM = 128
-_NARROW = {2: TileShape(16, 64, 4, 3, 16), 4: TileShape(16, 32, 4, 2, 8)}
-_WIDE = {2: TileShape(128, 64, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)}
+_NARROW = {2: TileShape(16, 64, 4, 3, 16), 4: TileShape(16, 16, 4, 1, 8)}
+_WIDE = {2: TileShape(128, 64, 8, 3, 1), 4: TileShape(32, 16, 4, 1, 1)}
 _WIDE_ON = {
-    "sm_80": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
-    "sm_86": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
-    "sm_89": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 32, 4, 2, 1)},
-    "gfx942": {2: TileShape(128, 64, 8, 1, 1), 4: TileShape(32, 32, 4, 1, 1)},
+    "sm_80": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 16, 4, 1, 1)},
+    "sm_86": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 16, 4, 1, 1)},
+    "sm_89": {2: TileShape(128, 32, 8, 3, 1), 4: TileShape(32, 16, 4, 1, 1)},
+    "gfx942": {2: TileShape(128, 64, 8, 1, 1), 4: TileShape(32, 16, 4, 1, 1)},
 }
 
 

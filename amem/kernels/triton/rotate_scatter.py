@@ -8,7 +8,7 @@ from torch import Tensor
 
 from amem.kernels.triton.rotation import copy_into, heads_per_program, rotate_into
 
-_TOKENS = 16
+_TOKEN_BYTES = 32  # tokens of a program times their element size: fewer of them where registers run out
 
 
 def rotate_scatter(
@@ -17,7 +17,8 @@ def rotate_scatter(
     """See `amem.kernels.reference.rotate_scatter`; k and v on the device of the slots, heads contiguous."""
     layers, tokens, kv_heads, head_dim = k.shape
     group = heads_per_program(kv_heads)
-    _rotate_scatter[(triton.cdiv(tokens, _TOKENS), kv_heads // group, layers)](
+    block = _TOKEN_BYTES // k_slots.element_size()
+    _rotate_scatter[(triton.cdiv(tokens, block), kv_heads // group, layers)](
         k,
         v,
         cos,
@@ -38,7 +39,7 @@ def rotate_scatter(
         HALF=head_dim // 2,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         GROUP=group,
-        TOKENS=_TOKENS,
+        TOKENS=block,
         num_warps=4,
     )
 

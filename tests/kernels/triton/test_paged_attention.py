@@ -64,7 +64,7 @@ def test_head_dims(dim: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128])
-@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("page", [8, 64])
 def test_edges_of_pages_and_tiles(length: int, page: int, device: torch.device) -> None:
     assert run([torch.arange(length), torch.tensor([length - 1])], device, kv_heads=1, page=page) < 5e-6
 
@@ -140,7 +140,7 @@ def poisoned(device: torch.device, at: int, value: float, k_too: bool) -> tuple[
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_later_token_never_changes_an_earlier_row(value: float, k_too: bool, device: torch.device) -> None:
     found, wanted, positions = poisoned(device, 30, value, k_too)
-    assert torch.equal(found[positions < 30], wanted[positions < 30])
+    assert naive.worst(found[positions < 30], wanted[positions < 30].cpu()) < 1e-6
     assert not torch.isfinite(found[positions >= 30]).all(-1).any()
 
 

@@ -54,7 +54,7 @@ def _amd(kernel: Any) -> dict[str, int]:
 
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("vgpr_spill_count"),  # a spilled scalar register goes to a vector one, not to memory
         "mma": len(re.findall(r"^\s*v_mfma", text, re.M)),
         "instructions": len(re.findall(r"^\s+[vsgdb]\w*_\w+", text, re.M)),
     }
